@@ -1,0 +1,143 @@
+"""The ``MODEL.SGE`` keys, and the configs that travel with the package."""
+
+import difflib
+from pathlib import Path
+
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+from .errors import UserError
+
+STAGES = ("res2", "res3", "res4", "res5")
+ATTENTIONS = ("sge", "se", "eca", "cbam")
+
+# In a wheel the configs lie in the package, in a checkout beside it.
+_CONFIG_DIRS = [folder / "configs" for folder in (Path(__file__).parent, Path(__file__).parent.parent)]
+
+
+def add_sge_config(cfg: CfgNode) -> None:
+    """Adds the ``MODEL.SGE`` keys, with their defaults, to a Detectron2 config."""
+    cfg.MODEL.SGE = _default_options()
+
+
+def _default_options() -> CfgNode:
+    options = CfgNode()
+    # The one switch between an SGE detector and its plain twin, which the same builder builds.
+    options.ENABLED = True
+    # Channel groups of each layer; must divide the channels of every stage in STAGES. The paper uses 64.
+    options.GROUPS = 64
+    # The stages whose residual blocks end in SGE.
+    options.STAGES = list(STAGES)
+    # The learning rate of SGE's own parameters as a multiple of the learning rate that they would have; 0 holds the
+    # gates at their start.
+    options.LR_FACTOR = 1.0
+    # Start values of weight (gamma) and bias (beta).
+    options.INIT = [0.0, 1.0]
+    # What stands in that place: "sge", or a rival from timm: "se", "eca", "cbam".
+    options.ATTENTION = "sge"
+    return options
+
+
+def sge_options(cfg: CfgNode) -> CfgNode:
+    """``cfg.MODEL.SGE``, or its defaults in a config that never heard of it.
+
+    Raises:
+        UserError: a stage or an attention that does not exist, or an INIT that is not two numbers.
+    """
+    options = cfg.MODEL.get("SGE", None) or _default_options()
+    for stage in options.STAGES:
+        if stage not in STAGES:
+            raise UserError(f"MODEL.SGE.STAGES names {stage!r}: the stages of a ResNet are {', '.join(STAGES)}")
+    if options.ATTENTION not in ATTENTIONS:
+        raise UserError(f"MODEL.SGE.ATTENTION {options.ATTENTION!r} is not one of {', '.join(ATTENTIONS)}")
+    if len(options.INIT) != 2 or not all(isinstance(value, int | float) for value in options.INIT):
+        raise UserError(f"MODEL.SGE.INIT must be two numbers, weight and bias; got {options.INIT}")
+    return options
+
+
+def get_config_file(name: str) -> str:
+    """The path of a config that comes with sge_det.
+
+    Args:
+        name: relative to ``configs/``, for instance "COCO-Detection/faster_rcnn_SGE_R_50_FPN_2x.yaml".
+
+    Raises:
+        UserError: there is no such config; names the nearest ones.
+    """
+    for folder in _CONFIG_DIRS:
+        if (folder / name).is_file():
+            return str(folder / name)
+    known = sorted({str(path.relative_to(d)) for d in _CONFIG_DIRS for path in d.rglob("*.yaml")})
+    raise UserError(f"sge_det has no config {name!r}{_nearest(name, known)}")
+
+
+def get_config(name: str, overrides: list[str] | tuple[str, ...] = ()) -> CfgNode:
+    """The full config of one that comes with sge_det, ready for ``build_model``; see :func:`get_config_file`."""
+    return load_config(get_config_file(name), overrides)
+
+
+def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> CfgNode:
+    """Reads a YAML config over Detectron2's and SGE's defaults.
+
+    Args:
+        path: a YAML file, or the name of one that comes with sge_det.
+        overrides: KEY VALUE KEY VALUE ..., as on the command line.
+
+    Raises:
+        UserError: the file, a key or a value is wrong; names it.
+    """
+    if not Path(path).is_file():
+        path = get_config_file(path.removeprefix("configs/"))
+    cfg = get_cfg()
+    add_sge_config(cfg)
+    try:
+        # allow_unsafe would run what a !!python tag says
+        cfg.merge_from_file(path, allow_unsafe=False)
+    except yaml.constructor.ConstructorError as error:
+        raise UserError(f"{path} has a YAML tag that would run code; write the value out: {error.problem}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} is not a config in YAML: {error}") from error
+    except (KeyError, ValueError, AssertionError, OSError) as error:
+        raise UserError(f"{path}: {_config_error(cfg, error)}") from error
+    merge_overrides(cfg, overrides)
+    sge_options(cfg)
+    return cfg
+
+
+def merge_overrides(cfg: CfgNode, overrides: list[str] | tuple[str, ...]) -> None:
+    """Merges KEY VALUE pairs into ``cfg``.
+
+    Raises:
+        UserError: a key that does not exist (names the nearest), a value of another type, or a key without a value.
+    """
+    if len(overrides) % 2:
+        raise UserError(f"overrides come as KEY VALUE pairs, but {overrides[-1]!r} has no value")
+    for key, value in zip(overrides[::2], overrides[1::2], strict=True):
+        try:
+            cfg.merge_from_list([key, value])
+        except (KeyError, ValueError, AssertionError, AttributeError) as error:
+            raise UserError(f"{key} {value}: {_config_error(cfg, error, key)}") from error
+
+
+def _config_error(cfg: CfgNode, error: Exception, key: str = "") -> str:
+    if isinstance(error, OSError):
+        return f"cannot read {error.filename}: {error.strerror}"
+    message = str(error.args[0] if error.args else error)
+    if "Non-existent" in message:
+        key = key or message.rsplit(" ", 1)[-1]
+        return f"there is no config key {key}{_nearest(key, _keys(cfg))}"
+    return message
+
+
+def _keys(cfg: CfgNode, prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in cfg.items():
+        keys.append(prefix + key)
+        if isinstance(value, CfgNode):
+            keys += _keys(value, f"{prefix}{key}.")
+    return keys
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f": did you mean {' or '.join(near)}?" if near else ""

@@ -1,0 +1,309 @@
+"""Data sets by name or by file, and a training loader whose order depends on the seed alone."""
+
+import itertools
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetFromList, DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data.datasets import register_coco_instances
+from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.utils import comm
+
+from .errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_NUM_CLASSES_KEYS = ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES")
+
+
+def register_sample() -> None:
+    """Registers ``sge_sample_train`` and ``sge_sample_val``: what tools/make_sample_coco.py makes, where it is asked
+    to make it in ``$DETECTRON2_DATASETS/sge_sample``."""
+    root = Path(os.getenv("DETECTRON2_DATASETS", "datasets")) / "sge_sample"
+    for split in ("train", "val"):
+        name = f"sge_sample_{split}"
+        if name not in DatasetCatalog:
+            register_coco_instances(name, {}, str(root / f"annotations/instances_{split}.json"), str(root / split))
+
+
+def register_dataset(name: str, json_file: str, image_root: str) -> None:
+    """Registers a COCO-format detection set with Detectron2 after a look at its files.
+
+    Args:
+        name: its name in ``DATASETS.TRAIN`` and ``DATASETS.TEST``. A name that exists is taken over.
+        json_file: COCO instance annotations.
+        image_root: the folder to which the file names in ``json_file`` are relative.
+
+    Raises:
+        UserError: a file is missing or malformed.
+    """
+    content = _read_annotations(json_file)
+    _check_annotations(json_file, content)
+    if not Path(image_root).is_dir():
+        raise UserError(f"data set {name}: there is no image folder {image_root}")
+    missing = [image["file_name"] for image in content["images"] if not Path(image_root, image["file_name"]).is_file()]
+    if missing:
+        raise UserError(
+            f"data set {name}: {len(missing)} of {len(content['images'])} images that {json_file} names are not in "
+            f"{image_root}, the first is {missing[0]}"
+        )
+    if name in DatasetCatalog:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    register_coco_instances(name, {}, json_file, image_root)
+    categories = sorted(content["categories"], key=lambda category: category["id"])
+    MetadataCatalog.get(name).set(thing_classes=[category["name"] for category in categories])
+
+
+def _read_annotations(json_file: str) -> dict:
+    try:
+        content = json.loads(Path(json_file).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"there is no annotation file {json_file}") from error
+    except OSError as error:
+        raise UserError(f"the annotation file {json_file} cannot be read: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{json_file} is not JSON: {error}") from error
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise UserError(f"{json_file} is not in COCO's instance format: it has no list {key!r}")
+    for key in ("images", "categories"):
+        if not content[key]:
+            raise UserError(f"{json_file} has no {key}")
+    return content
+
+
+def _check_annotations(json_file: str, content: dict) -> None:
+    def ids(key: str, fields: Sequence[str]) -> set:
+        for entry in content[key]:
+            lacking = [field for field in ("id", *fields) if field not in entry]
+            if lacking:
+                raise UserError(f"{json_file}: an entry of {key} lacks {lacking[0]!r}: {str(entry)[:80]}")
+        found = {entry["id"] for entry in content[key]}
+        if len(found) < len(content[key]):
+            raise UserError(f"{json_file}: the ids of {key} are not unique")
+        return found
+
+    images = ids("images", ("file_name", "height", "width"))
+    categories = ids("categories", ("name",))
+    ids("annotations", ("image_id", "category_id", "bbox", "area"))
+    for entry in content["annotations"]:
+        where = f"{json_file}: annotation {entry['id']}"
+        if entry["image_id"] not in images:
+            raise UserError(f"{where} is of image {entry['image_id']}, which is not among the images")
+        if entry["category_id"] not in categories:
+            raise UserError(f"{where} is of category {entry['category_id']}, which is not among the categories")
+        box = entry["bbox"]
+        numbers = len(box) == 4 and all(isinstance(value, int | float) and math.isfinite(value) for value in box)
+        if not numbers or box[2] < 0 or box[3] < 0:
+            raise UserError(f"{where} has the box {box}; four finite numbers x, y, width, height are needed")
+
+
+def use_datasets(cfg: CfgNode, datasets: Sequence[Sequence[str]], overrides: Sequence[str]) -> None:
+    """Registers ``--dataset`` triples (name, json, images) and lets ``cfg`` follow them where it was not set by hand.
+
+    Unless ``overrides`` set ``DATASETS.TRAIN`` or ``TEST``, or the config names these data sets itself, those with
+    "train" in their name train (the first one where none says so) and the others test (a lone one does both).
+    ``NUM_CLASSES`` becomes the number of the training set's categories.
+
+    Raises:
+        UserError: a data set cannot be used, or ``NUM_CLASSES`` was set by hand to something else.
+    """
+    for name, json_file, image_root in datasets:
+        register_dataset(name, json_file, image_root)
+    names = [name for name, _, _ in datasets]
+    by_hand = set(overrides[::2])
+    if names and not set(names) & {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}:
+        train = tuple(name for name in names if "train" in name) or tuple(names[:1])
+        test = tuple(name for name in names if name not in train) or train
+        if "DATASETS.TRAIN" not in by_hand:
+            cfg.DATASETS.TRAIN = train
+        if "DATASETS.TEST" not in by_hand:
+            cfg.DATASETS.TEST = test
+        logger.info(f"training on {', '.join(cfg.DATASETS.TRAIN)}, testing on {', '.join(cfg.DATASETS.TEST)}")
+    check_datasets(cfg)
+    follow = [key for key in _NUM_CLASSES_KEYS if key not in by_hand]
+    classes = _classes(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else None
+    if classes and set(names) & set(cfg.DATASETS.TRAIN):
+        cfg.merge_from_list([item for key in follow for item in (key, len(classes))])
+    used = _NUM_CLASSES_KEYS[1] if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else _NUM_CLASSES_KEYS[0]
+    number = (
+        cfg.MODEL.RETINANET.NUM_CLASSES if used.endswith("RETINANET.NUM_CLASSES") else cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    )
+    if classes and len(classes) != number:
+        raise UserError(
+            f"{used} is {number}, but {cfg.DATASETS.TRAIN[0]} has {len(classes)} categories: set it to that"
+        )
+
+
+def check_datasets(cfg: CfgNode) -> None:
+    """Checks that the data sets of ``cfg`` are registered, that their files are there and that their classes agree.
+
+    Raises:
+        UserError: one is not; names it and says how to get it.
+    """
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        if name not in DatasetCatalog:
+            raise UserError(
+                f"the data set {name!r} is not registered: give it with --dataset {name} ANNOTATIONS.json IMAGE_FOLDER"
+            )
+        metadata = MetadataCatalog.get(name)
+        for path in (metadata.get("json_file"), metadata.get("image_root")):
+            if path is not None and not Path(path).exists():
+                how = (
+                    f"make it with tools/make_sample_coco.py {Path(path).parents[-2] / 'sge_sample'}"
+                    if name.startswith("sge_sample")
+                    else "set the environment variable DETECTRON2_DATASETS to the folder that holds it"
+                )
+                raise UserError(f"the data set {name} is not there, {path} does not exist: {how}")
+    classes = {name: _classes(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)}
+    for name, own in classes.items():
+        first = next(iter(classes))
+        if own and classes[first] and own != classes[first]:
+            raise UserError(f"the categories of {name} ({', '.join(own)}) are not those of {first}")
+
+
+def _classes(name: str) -> list[str] | None:
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("thing_classes") is None and metadata.get("json_file"):
+        categories = _read_annotations(metadata.json_file)["categories"]
+        metadata.thing_classes = [c["name"] for c in sorted(categories, key=lambda category: category["id"])]
+    return metadata.get("thing_classes")
+
+
+def build_train_loader(cfg: CfgNode, seed: int) -> "ReplayableLoader":
+    """The training loader of ``cfg``, with the order and the augmentations that ``seed`` determines.
+
+    Raises:
+        UserError: there is nothing to train on, or the batch cannot be divided among the processes.
+    """
+    try:
+        dicts = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    except AssertionError as error:
+        raise UserError(f"DATASETS.TRAIN {cfg.DATASETS.TRAIN} holds no image with an object: {error}") from error
+    name = cfg.DATALOADER.SAMPLER_TRAIN
+    if name == "TrainingSampler":
+        sampler = TrainingSampler(len(dicts), seed=seed)
+    elif name == "RepeatFactorTrainingSampler":
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            dicts, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
+        )
+        sampler = RepeatFactorTrainingSampler(factors, seed=seed)
+    else:
+        raise UserError(
+            f"DATALOADER.SAMPLER_TRAIN {name} is not supported: set TrainingSampler or RepeatFactorTrainingSampler"
+        )
+    world = comm.get_world_size()
+    if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % world:
+        raise UserError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is not a multiple of the {world} processes")
+    wide = None
+    if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+        wide = [d["width"] > d["height"] for d in dicts]
+    return ReplayableLoader(
+        _SeededDataset(DatasetFromList(dicts, copy=False), DatasetMapper(cfg, is_train=True), seed),
+        sampler,
+        cfg.SOLVER.IMS_PER_BATCH // world,
+        wide=wide,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
+
+
+class ReplayableLoader:
+    """An endless loader of batches that depend on nothing but the seed and the batch's number.
+
+    Neither the model, nor the number of workers, nor an interruption changes them: set ``start`` to the number of
+    batches already used and it goes on with the next one.
+
+    Args:
+        dataset: maps (position, index) to an example.
+        sampler: yields indices without end, the same at each iteration over it.
+        batch_size: examples in a batch of this process.
+        wide: for each index, whether the image is wider than high; batches then hold images of one kind. None: mixed.
+        num_workers: processes that load; 0 loads in this one.
+    """
+
+    def __init__(self, dataset, sampler, batch_size: int, *, wide: Sequence[bool] | None = None, num_workers: int = 0):
+        self.dataset = dataset
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.wide = wide
+        self.num_workers = num_workers
+        self.start = 0
+
+    def batches(self) -> Iterator[list[tuple[int, int]]]:
+        """Yields batches as lists of (position in the stream, index in the data set), from ``start`` on."""
+        return itertools.islice(self._all_batches(), self.start, None)
+
+    def _all_batches(self) -> Iterator[list[tuple[int, int]]]:
+        rank, world = comm.get_rank(), comm.get_world_size()
+        waiting: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
+        for count, index in enumerate(self.sampler):
+            batch = waiting[self.wide is not None and self.wide[index]]
+            batch.append((count * world + rank, index))
+            if len(batch) == self.batch_size:
+                yield batch.copy()
+                batch.clear()
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        loader = torch.utils.data.DataLoader(
+            self.dataset,
+            batch_sampler=_Batches(self),
+            num_workers=self.num_workers,
+            collate_fn=list,
+            # else the loader's start would draw from the generator that the heads sample with
+            generator=torch.Generator(),
+        )
+        try:
+            yield from loader
+        except UserError as error:
+            # a worker's error arrives with its traceback as its text
+            raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
+
+
+class _Batches:
+    def __init__(self, loader: ReplayableLoader):
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self.loader.batches()
+
+
+class _SeededDataset(torch.utils.data.Dataset):
+    """Examples whose augmentation is drawn from the seed and their position in the stream."""
+
+    def __init__(self, examples: Sequence[dict], mapper: DatasetMapper, seed: int):
+        self.examples = examples
+        self.mapper = mapper
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        position, index = key
+        np.random.seed((self.seed * 1_000_003 + position) % 2**32)  # noqa: NPY002  Detectron2 draws from this generator
+        example = self.examples[index]
+        return map_image(self.mapper, example)
+
+
+def map_image(mapper: DatasetMapper, example: dict) -> dict:
+    """``mapper(example)``, with a sentence that names the image where it cannot be read.
+
+    Raises:
+        UserError: the image is missing, damaged, or not of the size that the annotations say.
+    """
+    try:
+        return mapper(example)
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"the image {example['file_name']} cannot be read: {error}") from error
+    except Exception as error:
+        if type(error).__name__ == "SizeMismatchError":
+            raise UserError(f"the image {example['file_name']} is not of the annotated size: {error}") from error
+        raise

@@ -1,0 +1,288 @@
+"""Spatial Group-wise Enhance (arXiv 1905.09646, section 3): the layer, its gradient and the fused block tail.
+
+Per sample and group, with the c channels of a group as the vector x_i at position i of M = H * W:
+
+    g   = mean_i x_i                          eq. 1
+    s_i = g . x_i                             eq. 2
+    t_i = (s_i - mean(s)) / (std(s) + eps)    eq. 3, unbiased std
+    a_i = gamma * t_i + beta                  eq. 4
+    y_i = x_i * sigmoid(a_i)                  eq. 5
+
+mean(s) is g . g, so no pass over the similarities is spent on it. Eager mode computes the layer block by block, so
+that a block of the activation stays in the cache from its mean to its gated output, and the gradient recomputes the
+small maps from x rather than keeping them. Tracing, scripting, ``torch.compile`` and export see plain operators.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+# Bytes of activation that one round of passes covers on the CPU. A block, its shortcut and its output should fit the
+# last-level cache; far smaller blocks lose more to the cost of calling operators.
+_BLOCK_BYTES = 4 << 20
+
+
+class SpatialGroupEnhance(nn.Module):
+    """Gates each position of each channel group by its similarity to the group's mean (eq. 1-5).
+
+    Statistics are taken in float32 (float64 for float64 input) whatever the input's dtype; the output has the
+    input's. A 1x1 map, whose unbiased std does not exist, has t = 0 and so the gate sigmoid(beta).
+
+    Args:
+        groups: number of channel groups G; the input's channels must be a multiple of it.
+        eps: added to the standard deviation, outside the root.
+
+    Attributes:
+        weight: gamma of eq. 4, shape (1, G, 1, 1), starts at 0.
+        bias: beta of eq. 4, shape (1, G, 1, 1), starts at 1: the gate starts at sigmoid(1) = 0.731 everywhere.
+    """
+
+    def __init__(self, groups: int = 64, eps: float = 1e-5):
+        super().__init__()
+        if groups < 1:
+            raise ValueError(f"groups must be at least 1, got {groups}")
+        self.groups = groups
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(1, groups, 1, 1))
+        self.bias = nn.Parameter(torch.ones(1, groups, 1, 1))
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None, inplace: bool = False) -> Tensor:
+        """Returns SGE(x), or relu(SGE(x) + shortcut) where a shortcut is given.
+
+        Args:
+            x: (N, C, H, W), any floating dtype and memory format; N may be 0.
+            shortcut: (N, C, H, W) or None.
+            inplace: the result may take the place of ``x`` where no gradient is recorded.
+
+        Raises:
+            ValueError: C is not a multiple of the number of groups, or the shapes differ.
+        """
+        self._check(x, shortcut)
+        if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
+            gates = self._plain_gates(x).to(x.dtype).unsqueeze(2)
+            y = (x.unflatten(1, (self.groups, -1)) * gates).flatten(1, 2)
+            return y if shortcut is None else torch.relu(y + shortcut)
+        return self._eager(x, shortcut, inplace)
+
+    def residual(self, x: Tensor, shortcut: Tensor, inplace: bool = False) -> Tensor:
+        """Returns relu(SGE(x) + shortcut), the tail of a residual block, with the fewest passes over memory.
+
+        It goes through ``forward``, so that hooks on the layer see it. Arguments are those of :meth:`forward`.
+        """
+        return self(x, shortcut, inplace)
+
+    def gates(self, x: Tensor) -> Tensor:
+        """Returns the gates sigmoid(a) of eq. 5 for ``x`` (N, C, H, W): (N, G, H, W), float32 or float64."""
+        self._check(x, None)
+        return self._plain_gates(x)
+
+    def extra_repr(self) -> str:
+        return f"groups={self.groups}, eps={self.eps}"
+
+    def _check(self, x: Tensor, shortcut: Tensor | None) -> None:
+        if x.dim() != 4:
+            raise ValueError(f"SpatialGroupEnhance takes (N, C, H, W), got {x.dim()} dimensions")
+        if torch.jit.is_tracing():  # sizes are tensors there, and a branch on them would be fixed in the trace
+            return
+        if x.shape[1] % self.groups != 0:
+            raise ValueError(f"{x.shape[1]} channels cannot be divided into {self.groups} groups")
+        if shortcut is not None and shortcut.shape != x.shape:
+            raise ValueError(f"the shortcut has the shape {shortcut.shape}, the input {x.shape}")
+
+    def _plain_gates(self, x: Tensor) -> Tensor:
+        # Operators only, no Python number from a shape: traces stay valid for other sizes. A product and a sum, not a
+        # matmul, since autocast would take a matmul to half precision.
+        compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+        x = x.to(compute).unflatten(1, (self.groups, -1))
+        g = x.mean((3, 4), keepdim=True)
+        s = (x * g).sum(2)
+        u = s - (g * g).sum(2)
+        freedom = torch.ones_like(u[:1, :1]).sum((2, 3), keepdim=True) - 1
+        # The norm's gradient is 0, not NaN, where all similarities are equal.
+        std = torch.linalg.vector_norm(u, dim=(2, 3), keepdim=True) / freedom.clamp(min=1).sqrt()
+        # On a 1x1 map u is only what rounding leaves of it.
+        t = u * freedom.clamp(max=1) / (std + self.eps)
+        return torch.sigmoid(t * self.weight.to(compute) + self.bias.to(compute))
+
+    @torch.jit.unused
+    def _eager(self, x: Tensor, shortcut: Tensor | None, inplace: bool) -> Tensor:
+        if shortcut is not None and shortcut.dtype != x.dtype:
+            dtype = torch.promote_types(x.dtype, shortcut.dtype)
+            x, shortcut = x.to(dtype), shortcut.to(dtype)
+        x = _dense(x)
+        if shortcut is not None:
+            shortcut = _laid_out_like(shortcut, x)
+        tensors = (x, shortcut, self.weight, self.bias)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            return _Enhance.apply(x, shortcut, self.weight, self.bias, self.eps)
+        out = x if inplace else torch.empty_like(x)
+        _enhance(x, shortcut, self.weight, self.bias, self.eps, out)
+        return out
+
+
+class _Enhance(torch.autograd.Function):
+    """The layer with its analytic gradient; keeps x, the output where there is a ReLU, and O(N * C) numbers."""
+
+    @staticmethod
+    def forward(ctx, x, shortcut, weight, bias, eps):
+        out = torch.empty_like(x)
+        g, std = _enhance(x, shortcut, weight, bias, eps, out)
+        ctx.eps = eps
+        mask = None if shortcut is None else out
+        if any(ctx.needs_input_grad[i] for i in (0, 2, 3)):
+            ctx.save_for_backward(x, mask, weight, bias, g, std)
+        else:
+            ctx.save_for_backward(None, mask, None, None, None, None)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, out, weight, bias, g, std = ctx.saved_tensors
+        needs_x, needs_shortcut, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        if x is None:
+            return None, torch.ops.aten.threshold_backward(grad, out, 0), None, None, None
+        grad_x = torch.empty_like(x) if needs_x else None
+        grad_shortcut = torch.empty_like(x) if needs_shortcut else None
+        gamma, beta = _per_row(weight, x, g.dtype), _per_row(bias, x, g.dtype)
+        blocks = _blocks(weight.numel(), x, _laid_out_like(grad, x), out, grad_x, grad_shortcut, g, std, gamma, beta)
+        per_row = zip(*[_block_backward(*block, ctx.eps) for block in blocks], strict=True)
+        grad_weight, grad_bias = (_cat(rows).view(-1, *weight.shape[1:]).sum(0, keepdim=True) for rows in per_row)
+        return (
+            grad_x,
+            grad_shortcut,
+            grad_weight.to(weight.dtype) if needs_weight else None,
+            grad_bias.to(bias.dtype) if needs_bias else None,
+            None,
+        )
+
+
+def _enhance(
+    x: Tensor, shortcut: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Writes SGE(x), or relu(SGE(x) + shortcut), into ``out``, which may be ``x`` itself.
+
+    Returns:
+        g of eq. 1, (N * G, C / G, 1), and the std of eq. 3, (N * G, 1, 1), in the dtype of the computation.
+    """
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    gamma, beta = _per_row(weight, x, compute), _per_row(bias, x, compute)
+    blocks = _blocks(weight.numel(), x, shortcut, out, gamma, beta)
+    g, std = zip(*[_block_forward(*block, eps) for block in blocks], strict=True)
+    return _cat(g), _cat(std)
+
+
+def _block_forward(
+    x: Tensor, shortcut: Tensor | None, out: Tensor, gamma: Tensor, beta: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    wide = x.to(gamma.dtype)
+    g = wide.mean(2, keepdim=True)
+    gate = _centred_similarity(wide, g)
+    std = torch.linalg.vector_norm(gate, dim=2, keepdim=True).div_(max(x.shape[2] - 1, 1) ** 0.5)
+    gate = torch.addcmul(beta, gate, gamma / (std + eps), out=gate).sigmoid_().to(x.dtype)
+    if shortcut is None:
+        torch.mul(x, gate, out=out)
+    else:
+        torch.addcmul(shortcut, x, gate, out=out).relu_()
+    return g, std
+
+
+def _block_backward(
+    x: Tensor,
+    grad: Tensor,
+    out: Tensor | None,
+    grad_x: Tensor | None,
+    grad_shortcut: Tensor | None,
+    g: Tensor,
+    std: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Fills ``grad_x`` and ``grad_shortcut``, where wanted, and returns the gradients of each row's gamma and beta."""
+    if out is not None:
+        grad_shortcut = torch.empty_like(grad) if grad_shortcut is None else grad_shortcut
+        grad = torch.ops.aten.threshold_backward.grad_input(grad, out, 0, grad_input=grad_shortcut)
+    wide, grad = x.to(g.dtype), grad.to(g.dtype)
+    positions = x.shape[2]
+    u = _centred_similarity(wide, g)
+    scale = gamma / (std + eps)
+    gate = torch.addcmul(beta, u, scale).sigmoid_()
+    product = grad_x if grad_x is not None and grad_x.dtype == g.dtype else torch.empty_like(wide)
+    grad_a = torch.mul(grad, wide, out=product).sum(1, keepdim=True)
+    grad_a = torch.ops.aten.sigmoid_backward.grad_input(grad_a, gate, grad_input=grad_a)
+    grad_beta = grad_a.sum(2, keepdim=True)
+    grad_gamma = (grad_a * u).sum(2, keepdim=True).div_(std + eps)
+    if grad_x is not None:
+        # Where all similarities are equal, u and the gradient of the std are 0: keep 0 / 0 out of it.
+        through_std = grad_gamma / (std * max(positions - 1, 1)).clamp_(min=torch.finfo(std.dtype).tiny)
+        grad_s = grad_a.sub_(grad_beta / positions).addcmul_(u, through_std, value=-1).mul_(scale)
+        grad_g = torch.bmm(grad_s, wide.mT, out=torch.empty_like(g.mT)).mT
+        torch.addcmul(grad_g / positions, grad, gate, out=product).addcmul_(g, grad_s)
+        if product is not grad_x:
+            grad_x.copy_(product)
+    return grad_gamma, grad_beta
+
+
+def _centred_similarity(x: Tensor, g: Tensor) -> Tensor:
+    """s - mean(s) of eq. 2 for rows x (rows, C / G, H * W) and g (rows, C / G, 1): (rows, 1, H * W)."""
+    u = x.new_empty(x.shape[0], 1, x.shape[2])
+    if x.shape[2] == 1:  # the two products differ by rounding
+        return u.zero_()
+    # A product with an ``out`` is one that autocast does not take to half precision.
+    return torch.bmm(g.mT, x, out=u).sub_(g.square().sum(1, keepdim=True))
+
+
+def _blocks(groups: int, *tensors: Tensor | None) -> list[tuple[Tensor | None, ...]]:
+    """Cuts tensors into blocks of the N * G rows, a row being one group of one sample.
+
+    Args:
+        tensors: the first is (N, C, H, W) and dense in either memory format, the others are the same in shape and
+            strides, or (N * G, ..., ...), or None.
+
+    Returns:
+        for each block a tuple with, for each tensor, its view (rows, C / G, H * W) or (rows, ..., ...), or None.
+    """
+    x = tensors[0]
+    samples, channels, height, width = x.shape
+    # In channels_last the rows of different samples do not lie at one stride: a block cannot span samples.
+    contiguous = x.is_contiguous()
+    rows = samples * groups if contiguous else groups
+    shape = (rows, channels // groups, height * width)
+    step = max(rows, 1)
+    if x.device.type == "cpu":
+        row_bytes = x.element_size() * shape[1] * shape[2]
+        step = min(step, max(_BLOCK_BYTES // max(row_bytes, 1), 1))
+
+    def cut(tensor: Tensor | None):
+        if tensor is None:
+            return itertools.repeat(None)
+        if tensor.dim() == 4:
+            parts = [tensor.view(shape)] if contiguous else [sample.view(shape) for sample in tensor]
+        else:
+            parts = [tensor] if contiguous else tensor.split(groups)
+        return [block for part in parts for block in part.split(step)]
+
+    return list(zip(*map(cut, tensors), strict=False))
+
+
+def _dense(x: Tensor) -> Tensor:
+    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return x.contiguous()
+
+
+def _laid_out_like(tensor: Tensor, x: Tensor) -> Tensor:
+    if tensor.stride() == x.stride():
+        return tensor
+    return torch.empty_like(x, dtype=tensor.dtype).copy_(tensor)
+
+
+def _per_row(parameter: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    return parameter.to(dtype).repeat(x.shape[0], 1, 1, 1).view(-1, 1, 1)
+
+
+def _cat(blocks: Sequence[Tensor]) -> Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)

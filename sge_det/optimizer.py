@@ -1,0 +1,55 @@
+"""The optimizer: a learning rate of their own for SGE's parameters, and the clipping that the paper's recipe asks for."""
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.solver import build_optimizer as build_plain_optimizer
+from torch import nn
+
+from .config import sge_options
+from .layer import SpatialGroupEnhance
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """Detectron2's ``build_optimizer``, honouring two more things.
+
+    ``MODEL.SGE.LR_FACTOR``, through :func:`scale_sge_lr`; and ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE "full_model"``, which
+    clips the norm of the gradient of all parameters together, as the release does: Detectron2's own types clip each
+    parameter by itself.
+    """
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    whole = clip.ENABLED and clip.CLIP_TYPE == "full_model"
+    if whole:
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
+    optimizer = build_plain_optimizer(cfg, model)
+    if whole:
+        clip_whole_gradient(optimizer, clip.CLIP_VALUE, clip.NORM_TYPE)
+    scale_sge_lr(optimizer, model, sge_options(cfg).LR_FACTOR)
+    return optimizer
+
+
+def clip_whole_gradient(optimizer: torch.optim.Optimizer, max_norm: float, norm_type: float = 2.0) -> None:
+    """Makes every step of ``optimizer`` scale the gradient of all its parameters down to ``max_norm`` first."""
+
+    def clip(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+
+    optimizer.register_step_pre_hook(clip)
+
+
+def scale_sge_lr(optimizer: torch.optim.Optimizer, model: nn.Module, factor: float) -> None:
+    """Multiplies the learning rate of the SGE parameters of ``model`` by ``factor``, in any optimizer that holds them.
+
+    Call it before a learning-rate scheduler is built: the scheduler takes its start values from the optimizer.
+    """
+    if factor == 1.0:
+        return
+    sge = {p for module in model.modules() if isinstance(module, SpatialGroupEnhance) for p in module.parameters()}
+    for group in list(optimizer.param_groups):
+        own = [parameter for parameter in group["params"] if parameter in sge]
+        if not own:
+            continue
+        group["params"] = [parameter for parameter in group["params"] if parameter not in sge]
+        optimizer.add_param_group({**group, "params": own, "lr": group["lr"] * factor})
