@@ -98,12 +98,12 @@ class Checkpointer(DetectionCheckpointer):
                 example += " is not in the file"
             raise UserError(
                 f"the weights {self._path} do not match the model: they fill {len(required) - len(lacking)} of the "
-                f"{len(required)} tensors of {'it' if self.whole_model else 'its backbone'}; {example}. Name the weights "
-                "of this model in MODEL.WEIGHTS, or set the config to theirs (MODEL.RESNETS.DEPTH for instance)"
+                f"{len(required)} tensors of {'it' if self.whole_model else 'its backbone'}; {example}. Name the "
+                "weights of this model in MODEL.WEIGHTS, or set the config to theirs (MODEL.RESNETS.DEPTH for instance)"
             )
         if attention:
             logger.warning(
-                f"{self._path} has no weights for {len(attention)} SGE parameters: they start at MODEL.SGE.INIT, and the "
-                "backbone does not compute what these weights were trained for"
+                f"{self._path} has no weights for {len(attention)} SGE parameters: they start at MODEL.SGE.INIT, and "
+                "the backbone does not compute what these weights were trained for"
             )
         return incompatible

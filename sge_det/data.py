@@ -20,8 +20,6 @@ from .errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_NUM_CLASSES_KEYS = ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES")
-
 
 def register_sample() -> None:
     """Registers ``sge_sample_train`` and ``sge_sample_val``: what tools/make_sample_coco.py makes, where it is asked
@@ -106,12 +104,15 @@ def _check_annotations(json_file: str, content: dict) -> None:
             raise UserError(f"{where} has the box {box}; four finite numbers x, y, width, height are needed")
 
 
-def use_datasets(cfg: CfgNode, datasets: Sequence[Sequence[str]], overrides: Sequence[str]) -> None:
+def use_datasets(
+    cfg: CfgNode, datasets: Sequence[Sequence[str]], overrides: Sequence[str], *, eval_only: bool = False
+) -> None:
     """Registers ``--dataset`` triples (name, json, images) and lets ``cfg`` follow them where it was not set by hand.
 
     Unless ``overrides`` set ``DATASETS.TRAIN`` or ``TEST``, or the config names these data sets itself, those with
     "train" in their name train (the first one where none says so) and the others test (a lone one does both).
-    ``NUM_CLASSES`` becomes the number of the training set's categories.
+    ``NUM_CLASSES`` becomes the number of the data sets' categories. With ``eval_only``, ``DATASETS.TRAIN`` need not be
+    there.
 
     Raises:
         UserError: a data set cannot be used, or ``NUM_CLASSES`` was set by hand to something else.
@@ -128,28 +129,25 @@ def use_datasets(cfg: CfgNode, datasets: Sequence[Sequence[str]], overrides: Seq
         if "DATASETS.TEST" not in by_hand:
             cfg.DATASETS.TEST = test
         logger.info(f"training on {', '.join(cfg.DATASETS.TRAIN)}, testing on {', '.join(cfg.DATASETS.TEST)}")
-    check_datasets(cfg)
-    follow = [key for key in _NUM_CLASSES_KEYS if key not in by_hand]
-    classes = _classes(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else None
-    if classes and set(names) & set(cfg.DATASETS.TRAIN):
-        cfg.merge_from_list([item for key in follow for item in (key, len(classes))])
-    used = _NUM_CLASSES_KEYS[1] if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else _NUM_CLASSES_KEYS[0]
-    number = (
-        cfg.MODEL.RETINANET.NUM_CLASSES if used.endswith("RETINANET.NUM_CLASSES") else cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    )
+    used = (*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST)
+    check_datasets(used)
+    classes = _classes(used[0]) if used else None
+    head = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
+    key = f"MODEL.{head}.NUM_CLASSES"
+    if classes and key not in by_hand and set(names) & set(used):
+        cfg.MODEL[head].NUM_CLASSES = len(classes)
+    number = cfg.MODEL[head].NUM_CLASSES
     if classes and len(classes) != number:
-        raise UserError(
-            f"{used} is {number}, but {cfg.DATASETS.TRAIN[0]} has {len(classes)} categories: set it to that"
-        )
+        raise UserError(f"{key} is {number}, but {used[0]} has {len(classes)} categories: set it to that")
 
 
-def check_datasets(cfg: CfgNode) -> None:
-    """Checks that the data sets of ``cfg`` are registered, that their files are there and that their classes agree.
+def check_datasets(names: Sequence[str]) -> None:
+    """Checks that data sets are registered, that their files are there and that their classes agree.
 
     Raises:
         UserError: one is not; names it and says how to get it.
     """
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+    for name in names:
         if name not in DatasetCatalog:
             raise UserError(
                 f"the data set {name!r} is not registered: give it with --dataset {name} ANNOTATIONS.json IMAGE_FOLDER"
@@ -158,12 +156,12 @@ def check_datasets(cfg: CfgNode) -> None:
         for path in (metadata.get("json_file"), metadata.get("image_root")):
             if path is not None and not Path(path).exists():
                 how = (
-                    f"make it with tools/make_sample_coco.py {Path(path).parents[-2] / 'sge_sample'}"
+                    f"make it with tools/make_sample_coco.py {Path(metadata.image_root).parent}"
                     if name.startswith("sge_sample")
                     else "set the environment variable DETECTRON2_DATASETS to the folder that holds it"
                 )
                 raise UserError(f"the data set {name} is not there, {path} does not exist: {how}")
-    classes = {name: _classes(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)}
+    classes = {name: _classes(name) for name in names}
     for name, own in classes.items():
         first = next(iter(classes))
         if own and classes[first] and own != classes[first]:
@@ -288,7 +286,8 @@ class _SeededDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         position, index = key
-        np.random.seed((self.seed * 1_000_003 + position) % 2**32)  # noqa: NPY002  Detectron2 draws from this generator
+        # Detectron2's augmentations draw from this generator
+        np.random.seed((self.seed * 1_000_003 + position) % 2**32)
         example = self.examples[index]
         return map_image(self.mapper, example)
 

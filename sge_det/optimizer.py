@@ -1,4 +1,4 @@
-"""The optimizer: a learning rate of their own for SGE's parameters, and the clipping that the paper's recipe asks for."""
+"""The optimizer: a learning rate of their own for SGE's parameters, and the clipping of the paper's recipe."""
 
 import torch
 from detectron2.config import CfgNode

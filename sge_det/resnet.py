@@ -128,8 +128,8 @@ def build_sge_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     With ``MODEL.SGE.ENABLED False`` it is the plain ResNet of ``build_resnet_backbone``, key for key.
 
     Raises:
-        UserError: ``MODEL.RESNETS.DEPTH`` is not a ResNet's, a stage is deformable, or the groups do not divide a stage's
-            channels.
+        UserError: ``MODEL.RESNETS.DEPTH`` is not a ResNet's, a stage is deformable, or the groups do not divide a
+            stage's channels.
     """
     resnets = cfg.MODEL.RESNETS
     if resnets.DEPTH not in _BLOCKS:

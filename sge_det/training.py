@@ -58,7 +58,11 @@ def launch(function: Callable, args: argparse.Namespace) -> None:
 
 
 def setup_config(
-    config_file: str, overrides: list[str] | tuple[str, ...] = (), datasets: list[tuple[str, str, str]] | tuple = ()
+    config_file: str,
+    overrides: list[str] | tuple[str, ...] = (),
+    datasets: list[tuple[str, str, str]] | tuple = (),
+    *,
+    eval_only: bool = False,
 ) -> CfgNode:
     """Reads a config, takes the data sets into it and checks all that can be checked before a model is built.
 
@@ -66,6 +70,7 @@ def setup_config(
         config_file: a YAML file, or the name of one that comes with sge_det.
         overrides: KEY VALUE KEY VALUE ...
         datasets: (name, annotation JSON, image folder) triples to register.
+        eval_only: nothing will be trained, so that the training set need not be there.
 
     Returns:
         the config, not frozen; ``MODEL.DEVICE`` is "cpu" where there is no GPU.
@@ -86,7 +91,7 @@ def setup_config(
         if name not in registry:
             raise UserError(f"{key} {name!r} is not registered: import the package that defines it")
     check_weights_exist(cfg)
-    use_datasets(cfg, datasets, overrides)
+    use_datasets(cfg, datasets, overrides, eval_only=eval_only)
     return cfg
 
 

@@ -1,0 +1,42 @@
+# `make demo` and `make test` do all the set-up themselves; `make` lists the targets.
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+# The stamp's name holds a checksum of what the installation depends on: it is redone when that changes, and only then.
+# The folder is part of it, as an editable installation names it.
+STAMP := $(VENV)/.installed-$(shell (pwd; cat setup.py requirements/*) | cksum | cut -d ' ' -f 1)
+
+.PHONY: help install demo test lint bench clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+	@echo
+	@echo "PYTHON=$(PYTHON) makes the environment VENV=$(VENV); PYTEST_ARGS goes to pytest."
+
+install: $(STAMP)  ## set up $(VENV), if that has not been done
+
+# made last, so that an interrupted installation leaves none
+$(STAMP):
+	@rm -f $(VENV)/.installed-*
+	@sh requirements/install.sh '$(PYTHON)' '$(VENV)'
+	@touch $@
+
+demo: install  ## make sample data, train a plain and an SGE detector on it, print the gain
+	$(VENV)/bin/python tools/make_sample_coco.py datasets/sge_sample
+	$(VENV)/bin/python tools/measure_gain.py --config-file configs/sample/faster_rcnn_SGE_R_50_FPN.yaml \
+		--output output/demo --seeds 0
+
+test: install  ## run the tests
+	$(VENV)/bin/python -m pytest tests $(PYTEST_ARGS)
+
+lint: install  ## check style and formatting
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
+
+bench: install  ## time the layer
+	$(VENV)/bin/python tools/benchmark.py layer --quick
+
+clean:  ## remove the demo's files, build products and caches ($(VENV) stays)
+	rm -rf output/demo datasets/sge_sample build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

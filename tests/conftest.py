@@ -1,0 +1,52 @@
+"""Sample data and tiny configs that several test files share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# So few and so small images that a detector trains on them in seconds.
+TINY = [
+    *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "SOLVER.IMS_PER_BATCH", "2"),
+    *("SOLVER.STEPS", "()", "SOLVER.WARMUP_ITERS", "0", "MODEL.DEVICE", "cpu"),
+]
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory):
+    """A folder with a small sample set in the plain layout."""
+    from sge_det.sample import make_sample_coco
+
+    folder = tmp_path_factory.mktemp("sample") / "sge_sample"
+    make_sample_coco(folder, train=8, val=4, size=96, seed=3)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sample_datasets(sample):
+    """The sample set as ``--dataset`` triples."""
+    return [
+        (f"tiny_{split}", str(sample / f"annotations/instances_{split}.json"), str(sample / split))
+        for split in ("train", "val")
+    ]
+
+
+@pytest.fixture
+def run_tool(tmp_path):
+    """Runs a script of tools/ as a person would; returns the finished process."""
+
+    def run(name, *arguments, env=None):
+        return subprocess.run(
+            [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)],
+            cwd=tmp_path,
+            env={**os.environ, **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+
+    return run

@@ -1,0 +1,117 @@
+from pathlib import Path
+
+import pytest
+from detectron2.config import get_cfg
+
+import sge_det
+from sge_det.config import load_config
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+LEAVES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml") if not path.name.startswith("Base-"))
+
+EXPECTED_COCO = {
+    *(f"COCO-Detection/{d}_SGE_R_{n}_FPN_2x.yaml" for d in ("faster_rcnn", "retinanet") for n in (50, 101)),
+    *(f"COCO-Detection/cascade_rcnn_SGE_R_{n}_FPN_20e.yaml" for n in (50, 101)),
+    *(f"COCO-InstanceSegmentation/mask_rcnn_SGE_R_{n}_FPN_2x.yaml" for n in (50, 101)),
+    "COCO-InstanceSegmentation/cascade_mask_rcnn_SGE_R_50_FPN_20e.yaml",
+    "COCO-Detection/faster_rcnn_SGE_R_50_FPN_1x.yaml",
+    "COCO-Detection/retinanet_SGE_R_50_FPN_1x.yaml",
+    "COCO-InstanceSegmentation/mask_rcnn_SGE_R_50_FPN_1x.yaml",
+}
+
+
+def test_every_promised_coco_config_is_there():
+    assert {leaf for leaf in LEAVES if leaf.startswith("COCO")} == EXPECTED_COCO
+
+
+@pytest.mark.parametrize("leaf", sorted(EXPECTED_COCO))
+def test_schedules_are_the_recipes_epochs(leaf):
+    cfg = sge_det.get_config(leaf)
+    per_epoch = 7330 * 16 // cfg.SOLVER.IMS_PER_BATCH
+    epochs, drops = {"1x": (12, (8, 11)), "2x": (24, (16, 22)), "20e": (20, (16, 19))}[leaf[:-5].rsplit("_", 1)[1]]
+    assert cfg.SOLVER.MAX_ITER == epochs * per_epoch
+    assert cfg.SOLVER.STEPS == tuple(drop * per_epoch for drop in drops)
+    # the linear rule: 0.02 (RetinaNet 0.01) for 16 images
+    assert cfg.SOLVER.BASE_LR == pytest.approx((0.01 if "retinanet" in leaf else 0.02) * cfg.SOLVER.IMS_PER_BATCH / 16)
+    assert cfg.MODEL.RESNETS.DEPTH == int(leaf.split("_R_")[1].split("_")[0])
+    assert cfg.MODEL.MASK_ON == ("mask" in leaf)
+
+
+def test_recipe_of_the_paper():
+    cfg = sge_det.get_config("COCO-Detection/faster_rcnn_SGE_R_50_FPN_2x.yaml")
+    assert (cfg.INPUT.FORMAT, cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN) == ("RGB", (800,), 1333)
+    assert cfg.MODEL.PIXEL_MEAN == [123.675, 116.28, 103.53]
+    assert cfg.MODEL.PIXEL_STD == [58.395, 57.12, 57.375]
+    assert cfg.MODEL.RESNETS.STRIDE_IN_1X1 is False
+    assert cfg.MODEL.BACKBONE.FREEZE_AT == 2
+    assert cfg.SOLVER.WEIGHT_DECAY_NORM == cfg.SOLVER.WEIGHT_DECAY == 1e-4
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    assert (clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE, clip.NORM_TYPE) == (True, "full_model", 35.0, 2.0)
+    retinanet = sge_det.get_config("COCO-Detection/retinanet_SGE_R_50_FPN_2x.yaml")
+    expected = [[size * 2 ** (octave / 3) for octave in range(3)] for size in (32, 64, 128, 256, 512)]
+    assert retinanet.MODEL.ANCHOR_GENERATOR.SIZES == [pytest.approx(sizes) for sizes in expected]
+
+
+def test_add_sge_config_defaults():
+    cfg = get_cfg()
+    sge_det.add_sge_config(cfg)
+    options = cfg.MODEL.SGE
+    assert options.ENABLED is True
+    assert options.GROUPS == 64
+    assert options.STAGES == ["res2", "res3", "res4", "res5"]
+    assert options.LR_FACTOR == 1.0
+    assert options.INIT == [0.0, 1.0]
+
+
+def test_get_config_file_is_absolute_or_exists(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = sge_det.get_config_file("sample/faster_rcnn_SGE_R_50_FPN.yaml")
+    assert Path(path).is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("COCO-Detection/faster_rcnn_SGE_R_50_FPN_3x.yaml", [], "faster_rcnn_SGE_R_50_FPN_2x.yaml"),
+        ("sample/faster_rcnn_SGE_R_50_FPN.yaml", ["MODEL.SGE.GROUP", "8"], "did you mean MODEL.SGE.GROUPS"),
+        ("sample/faster_rcnn_SGE_R_50_FPN.yaml", ["MODEL.SGE.GROUPS", "many"], "MODEL.SGE.GROUPS many"),
+        ("sample/faster_rcnn_SGE_R_50_FPN.yaml", ["MODEL.SGE.GROUPS"], "has no value"),
+        ("sample/faster_rcnn_SGE_R_50_FPN.yaml", ["MODEL.SGE.STAGES", "['res6']"], "'res6'"),
+        ("sample/faster_rcnn_SGE_R_50_FPN.yaml", ["MODEL.SGE.INIT", "[0.0]"], "MODEL.SGE.INIT"),
+        ("sample/faster_rcnn_SGE_R_50_FPN.yaml", ["MODEL.SGE.ATTENTION", "sag"], "'sag'"),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(name, overrides, message):
+    with pytest.raises(sge_det.UserError) as raised:
+        sge_det.get_config(name, overrides)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("MODEL: [unclosed", "is not a config in YAML"),
+        ("just a sentence", "is not a config in YAML"),
+        ("MODEL:\n  SEG:\n    GROUPS: 8\n", "no config key"),
+        ("_BASE_: nowhere.yaml\n", "nowhere.yaml"),
+        ("MODEL:\n  SGE:\n    GROUPS: some\n", "GROUPS"),
+    ],
+)
+def test_malformed_files_are_named(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(sge_det.UserError) as raised:
+        load_config(str(path))
+    assert message in str(raised.value)
+    assert "mine.yaml" in str(raised.value)
+
+
+def test_nothing_in_a_config_is_executed(tmp_path):
+    path = tmp_path / "evil.yaml"
+    marker = tmp_path / "executed"
+    path.write_text(
+        f'OUTPUT_DIR: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ["{marker}"]]\n'
+    )
+    with pytest.raises(sge_det.UserError):
+        load_config(str(path))
+    assert not marker.exists()

@@ -1,0 +1,144 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import build_model
+
+import sge_det
+from sge_det.checkpoint import Checkpointer
+from sge_det.training import Trainer, build_seeded_model, evaluate, plain_twin, setup_config, train
+
+FASTER = "sample/faster_rcnn_SGE_R_50_FPN.yaml"
+
+
+def tiny_config(tmp_path, datasets, *overrides, config=FASTER):
+    return setup_config(config, [*TINY, "OUTPUT_DIR", str(tmp_path), *overrides], datasets)
+
+
+@pytest.mark.parametrize("detector", ["faster_rcnn", "mask_rcnn", "cascade_rcnn", "retinanet"])
+def test_sample_detectors_train_and_evaluate(tmp_path, sample_datasets, detector):
+    cfg = tiny_config(tmp_path, sample_datasets, "SOLVER.MAX_ITER", "2", config=f"sample/{detector}_SGE_R_50_FPN.yaml")
+    start = build_seeded_model(cfg).state_dict()
+    results = train(cfg)
+    assert set(results) == {"bbox", "segm"} if detector == "mask_rcnn" else {"bbox"}
+    assert {"AP", "AP50", "AP75", "APs", "APm", "APl"} <= set(results["bbox"])
+    end = torch.load(tmp_path / "model_final.pth", weights_only=True)["model"]
+    assert set(end) == set(start)
+    moved = {key for key in start if not torch.equal(start[key], end[key])}
+    for name in ("backbone.bottom_up.stem.conv1.weight", "backbone.bottom_up.res5.2.sge.bias"):
+        assert name in moved
+    losses = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    assert all(torch.isfinite(torch.tensor(entry["total_loss"])) for entry in losses if "total_loss" in entry)
+
+
+@pytest.mark.parametrize("attention", ["sge", "se"])
+def test_arms_start_from_the_same_shared_values(sample_datasets, tmp_path, attention):
+    cfg = tiny_config(tmp_path, sample_datasets, "MODEL.SGE.ATTENTION", attention, "SEED", "7")
+    model, twin = build_seeded_model(cfg), build_seeded_model(plain_twin(cfg))
+    shared = twin.state_dict()
+    state = model.state_dict()
+    assert len(state) > len(shared)
+    assert all(torch.equal(state[key], value) for key, value in shared.items())
+    other = build_seeded_model(tiny_config(tmp_path, sample_datasets, "SEED", "8")).state_dict()
+    assert not torch.equal(
+        other["backbone.bottom_up.stem.conv1.weight"], shared["backbone.bottom_up.stem.conv1.weight"]
+    )
+
+
+def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path, sample_datasets):
+    def run(folder, stop=None):
+        cfg = tiny_config(folder, sample_datasets, "SOLVER.MAX_ITER", "4", "SOLVER.CHECKPOINT_PERIOD", "2")
+        cfg.DATASETS.TEST = ()
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=True)
+        if stop:
+            trainer.max_iter = stop
+        trainer.train()
+        return trainer.model.state_dict()
+
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "parts", stop=2)
+    (tmp_path / "parts" / "model_final.pth").unlink(missing_ok=True)
+    (tmp_path / "parts" / "last_checkpoint").write_text("model_0000001.pth")
+    resumed = run(tmp_path / "parts")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_checkpoints_are_whole_or_absent(tmp_path, monkeypatch):
+    checkpointer = Checkpointer(torch.nn.Linear(2, 2), str(tmp_path))
+    checkpointer.save("first")
+
+    def full_disk(data, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        checkpointer.save("second")
+    assert (tmp_path / "last_checkpoint").read_text() == "first.pth"
+    assert not (tmp_path / "second.pth").exists()
+
+
+def test_evaluation_loads_what_training_wrote(tmp_path, sample_datasets):
+    cfg = tiny_config(tmp_path, sample_datasets, "SOLVER.MAX_ITER", "1")
+    trained = train(cfg)
+    cfg = tiny_config(tmp_path / "again", sample_datasets, "MODEL.WEIGHTS", str(tmp_path / "model_final.pth"))
+    assert evaluate(cfg)["bbox"]["AP"] == pytest.approx(trained["bbox"]["AP"], nan_ok=True)
+    with pytest.raises(sge_det.UserError, match="no weights to evaluate"):
+        evaluate(tiny_config(tmp_path / "none", sample_datasets))
+
+
+def test_weights_of_another_model_are_refused(tmp_path, sample_datasets):
+    other = tiny_config(tmp_path, sample_datasets, "MODEL.RESNETS.DEPTH", "101", "MODEL.SGE.GROUPS", "8")
+    path = tmp_path / "other.pth"
+    torch.save({"model": build_model(other).state_dict()}, path)
+    cfg = tiny_config(tmp_path, sample_datasets, "MODEL.RESNETS.WIDTH_PER_GROUP", "8", "MODEL.WEIGHTS", str(path))
+    with pytest.raises(sge_det.UserError, match=r"other\.pth do not match the model.*shape"):
+        Trainer(cfg).resume_or_load(resume=False)
+
+
+def test_weights_of_another_number_of_classes_are_a_start_but_no_evaluation(tmp_path, sample_datasets):
+    cfg = tiny_config(tmp_path, sample_datasets)
+    state = build_seeded_model(cfg).state_dict()
+    state["roi_heads.box_predictor.cls_score.weight"] = torch.zeros(9, 256)
+    torch.save({"model": state}, tmp_path / "nine.pth")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "nine.pth")
+    Trainer(cfg).resume_or_load(resume=False)
+    with pytest.raises(sge_det.UserError, match=r"nine\.pth do not match.*cls_score"):
+        evaluate(cfg)
+
+
+def test_damaged_weights_are_named(tmp_path, sample_datasets):
+    (tmp_path / "damaged.pth").write_bytes(b"not weights")
+    cfg = tiny_config(tmp_path, sample_datasets, "MODEL.WEIGHTS", str(tmp_path / "damaged.pth"))
+    with pytest.raises(sge_det.UserError, match=r"damaged\.pth cannot be read"):
+        Trainer(cfg).resume_or_load(resume=False)
+
+
+def test_weights_that_are_not_there_are_told_before_anything_is_built(sample_datasets):
+    with pytest.raises(sge_det.UserError, match=r"weights/sge_resnet50\.pth is not there.*MODEL\.WEIGHTS ''"):
+        setup_config("COCO-Detection/faster_rcnn_SGE_R_50_FPN_1x.yaml", [], sample_datasets)
+
+
+def test_a_diverging_loss_is_told(tmp_path, sample_datasets):
+    cfg = tiny_config(tmp_path, sample_datasets, "SOLVER.BASE_LR", "1e30", "SOLVER.MAX_ITER", "20")
+    with pytest.raises(sge_det.UserError, match=r"lower SOLVER\.BASE_LR"):
+        train(cfg)
+
+
+def test_five_lines_of_the_readme_work(tmp_path, sample_datasets, monkeypatch):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (code,) = re.findall(r"<!-- tested -->\n```python\n(.*?)```", readme, re.S)
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(compile(code, "README.md", "exec"), scope)  # the README's own text
+    assert any(isinstance(module, sge_det.SpatialGroupEnhance) for module in scope["model"].modules())
+
+
+def test_data_sets_keep_their_classes(sample_datasets, tmp_path):
+    tiny_config(tmp_path, sample_datasets)
+    assert MetadataCatalog.get("tiny_val").thing_classes == MetadataCatalog.get("tiny_train").thing_classes

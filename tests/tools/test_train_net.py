@@ -1,0 +1,54 @@
+import json
+
+import pytest
+from conftest import TINY
+
+FASTER = "sample/faster_rcnn_SGE_R_50_FPN.yaml"
+
+
+def dataset_arguments(datasets):
+    return [word for name, json_file, images in datasets for word in ("--dataset", name, json_file, images)]
+
+
+def test_two_processes_train_and_evaluate_on_cpus(run_tool, sample_datasets, tmp_path):
+    run = run_tool(
+        "train_net.py",
+        *("--config-file", FASTER, "--num-gpus", "2", *dataset_arguments(sample_datasets)),
+        *(*TINY, "SOLVER.MAX_ITER", "2", "OUTPUT_DIR", tmp_path / "out"),
+    )
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "out" / "model_final.pth").is_file()
+    results = json.loads((tmp_path / "out/inference/coco_instances_results.json").read_text())
+    assert isinstance(results, list)
+    assert "AP50" in run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config-file", "nowhere.yaml"], "nowhere.yaml"),
+        ([], "--config-file"),
+        (["--config-file", "COCO-Detection/faster_rcnn_SGE_R_50_FPN_1x.yaml"], "sge_resnet50.pth"),
+        (["--config-file", FASTER, "MODEL.SGE.GROUPS", "7"], "GROUPS = 7"),
+        (["--config-file", FASTER, "--dataset", "mine", "none.json", "."], "none.json"),
+        (["--config-file", FASTER, "--eval-only"], "no weights"),
+    ],
+)
+def test_mistakes_end_with_a_sentence_and_code_2(run_tool, sample, arguments, message):
+    run = run_tool("train_net.py", *arguments, env={"DETECTRON2_DATASETS": str(sample.parent)})
+    assert run.returncode == 2, run.stderr
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+    assert "Traceback" not in run.stderr
+
+
+def test_a_mistake_in_one_of_the_processes_is_told_the_same_way(run_tool, sample_datasets, tmp_path):
+    (tmp_path / "w.pth").write_bytes(b"not weights")
+    run = run_tool(
+        "train_net.py",
+        *("--config-file", FASTER, "--num-gpus", "2", *dataset_arguments(sample_datasets)),
+        *(*TINY, "OUTPUT_DIR", tmp_path / "out", "MODEL.WEIGHTS", tmp_path / "w.pth"),
+    )
+    assert run.returncode == 2
+    assert "w.pth cannot be read" in run.stderr.strip().splitlines()[-1]

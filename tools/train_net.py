@@ -1,0 +1,33 @@
+"""Trains and evaluates a detector, plain or with SGE, from a config.
+
+train_net.py --config-file configs/COCO-Detection/faster_rcnn_SGE_R_50_FPN_2x.yaml --num-gpus 8
+train_net.py --config-file F --eval-only MODEL.WEIGHTS output/model_final.pth
+train_net.py --config-file F --dataset my_train train.json images/ --dataset my_val val.json images/
+train_net.py --config-file F MODEL.SGE.ENABLED False    # the plain twin
+"""
+
+import argparse
+
+from detectron2.engine import default_setup
+
+from sge_det.errors import user_errors
+from sge_det.training import argument_parser, evaluate, launch, setup_config, train
+
+
+def run(args: argparse.Namespace) -> dict:
+    cfg = setup_config(args.config_file, args.opts, args.dataset, eval_only=args.eval_only)
+    cfg.freeze()
+    default_setup(cfg, args)
+    return evaluate(cfg, resume=args.resume) if args.eval_only else train(cfg, resume=args.resume)
+
+
+@user_errors
+def main(argv: list[str] | None = None) -> None:
+    args = argument_parser(epilog=__doc__).parse_args(argv)
+    # A mistake is told here, once, before any process is started.
+    setup_config(args.config_file, args.opts, args.dataset, eval_only=args.eval_only)
+    launch(run, args)
+
+
+if __name__ == "__main__":
+    main()
