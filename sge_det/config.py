@@ -76,6 +76,15 @@ def get_config(name: str, overrides: list[str] | tuple[str, ...] = ()) -> CfgNod
     return load_config(get_config_file(name), overrides)
 
 
+def find_config(path: str) -> str:
+    """The path of a config given by its path, or by the name of one that comes with sge_det.
+
+    Raises:
+        UserError: there is neither.
+    """
+    return path if Path(path).is_file() else get_config_file(path.removeprefix("configs/"))
+
+
 def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> CfgNode:
     """Reads a YAML config over Detectron2's and SGE's defaults.
 
@@ -86,8 +95,7 @@ def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> CfgNo
     Raises:
         UserError: the file, a key or a value is wrong; names it.
     """
-    if not Path(path).is_file():
-        path = get_config_file(path.removeprefix("configs/"))
+    path = find_config(path)
     cfg = get_cfg()
     add_sge_config(cfg)
     try:

@@ -10,6 +10,7 @@ import argparse
 
 from detectron2.engine import default_setup
 
+from sge_det.config import find_config
 from sge_det.errors import user_errors
 from sge_det.training import argument_parser, evaluate, launch, setup_config, train
 
@@ -24,6 +25,7 @@ def run(args: argparse.Namespace) -> dict:
 @user_errors
 def main(argv: list[str] | None = None) -> None:
     args = argument_parser(epilog=__doc__).parse_args(argv)
+    args.config_file = find_config(args.config_file) if args.config_file else ""
     # A mistake is told here, once, before any process is started.
     setup_config(args.config_file, args.opts, args.dataset, eval_only=args.eval_only)
     launch(run, args)
