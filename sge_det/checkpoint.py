@@ -13,6 +13,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from .errors import UserError
+from .weights.safe_load import load_checkpoint, load_torch
 
 logger = logging.getLogger(__name__)
 
@@ -36,18 +37,30 @@ class Checkpointer(DetectionCheckpointer):
 
     Args:
         whole_model: every parameter must be in the file (evaluation); otherwise the backbone's must (fine-tuning).
+        metadata: kept in every checkpoint: what the model expects of its images.
         model, save_dir, save_to_disk, checkpointables: as in ``DetectionCheckpointer``.
     """
 
-    def __init__(self, model: nn.Module, save_dir: str = "", *, whole_model: bool = False, **checkpointables):
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        whole_model: bool = False,
+        metadata: dict[str, Any] | None = None,
+        **checkpointables,
+    ):
         super().__init__(model, save_dir, **checkpointables)
         self.whole_model = whole_model
+        self.metadata = metadata
 
     def save(self, name: str, **kwargs: Any) -> None:
         if not self.save_dir or not self.save_to_disk:
             return
         data = {"model": self.model.state_dict(), **kwargs}
         data |= {key: value.state_dict() for key, value in self.checkpointables.items()}
+        if self.metadata is not None:
+            data["metadata"] = self.metadata
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
         with open(f"{path}.part", "wb") as file:
@@ -75,6 +88,15 @@ class Checkpointer(DetectionCheckpointer):
         except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError, OSError, AssertionError) as error:
             first = str(error).strip().split("\n")[0]
             raise UserError(f"the weights {path} cannot be read: {first}") from error
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        # Detectron2 reads a .pkl with an unpickler that runs what it says, and no .safetensors at all
+        if filename.endswith((".pkl", ".pyth", ".safetensors")):
+            return load_checkpoint(filename)
+        return super()._load_file(filename)
+
+    def _torch_load(self, f: str) -> Any:
+        return load_torch(f)
 
     def _load_model(self, checkpoint: dict[str, Any]):
         incompatible = super()._load_model(checkpoint)

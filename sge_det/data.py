@@ -46,7 +46,7 @@ def register_dataset(name: str, json_file: str, image_root: str) -> None:
     _check_annotations(json_file, content)
     if not Path(image_root).is_dir():
         raise UserError(f"data set {name}: there is no image folder {image_root}")
-    missing = [image["file_name"] for image in content["images"] if not Path(image_root, image["file_name"]).is_file()]
+    missing = missing_images(content["images"], image_root)
     if missing:
         raise UserError(
             f"data set {name}: {len(missing)} of {len(content['images'])} images that {json_file} names are not in "
@@ -58,6 +58,11 @@ def register_dataset(name: str, json_file: str, image_root: str) -> None:
     register_coco_instances(name, {}, json_file, image_root)
     categories = sorted(content["categories"], key=lambda category: category["id"])
     MetadataCatalog.get(name).set(thing_classes=[category["name"] for category in categories])
+
+
+def missing_images(images: Sequence[dict], image_root: str) -> list[str]:
+    """The file names of those of COCO's ``images`` that are not in ``image_root``."""
+    return [image["file_name"] for image in images if not Path(image_root, image["file_name"]).is_file()]
 
 
 def _read_annotations(json_file: str) -> dict:

@@ -119,7 +119,11 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> HotcocoEvaluator:
     if len(cfg.DATASETS.TEST) > 1:
         folder = os.path.join(folder, dataset_name)
     return HotcocoEvaluator(
-        dataset_name, model_tasks(cfg), output_dir=folder, kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS
+        dataset_name,
+        model_tasks(cfg),
+        output_dir=folder,
+        use_fast_impl=False,
+        kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
     )
 
 

@@ -14,7 +14,6 @@ small maps from x rather than keeping them. Tracing, scripting, ``torch.compile`
 """
 
 import itertools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -128,65 +127,60 @@ class _Enhance(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shortcut, weight, bias, eps):
         out = torch.empty_like(x)
-        g, std = _enhance(x, shortcut, weight, bias, eps, out)
-        ctx.eps = eps
+        rows = _enhance(x, shortcut, weight, bias, eps, out)
         mask = None if shortcut is None else out
         if any(ctx.needs_input_grad[i] for i in (0, 2, 3)):
-            ctx.save_for_backward(x, mask, weight, bias, g, std)
+            ctx.save_for_backward(x, mask, *rows)
         else:
-            ctx.save_for_backward(None, mask, None, None, None, None)
+            ctx.save_for_backward(None, mask)
+        ctx.parameter_shape = weight.shape
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, out, weight, bias, g, std = ctx.saved_tensors
+        x, out, *rows = ctx.saved_tensors
         needs_x, needs_shortcut, needs_weight, needs_bias, _ = ctx.needs_input_grad
         if x is None:
             return None, torch.ops.aten.threshold_backward(grad, out, 0), None, None, None
         grad_x = torch.empty_like(x) if needs_x else None
         grad_shortcut = torch.empty_like(x) if needs_shortcut else None
-        gamma, beta = _per_row(weight, x, g.dtype), _per_row(bias, x, g.dtype)
-        blocks = _blocks(weight.numel(), x, _laid_out_like(grad, x), out, grad_x, grad_shortcut, g, std, gamma, beta)
-        per_row = zip(*[_block_backward(*block, ctx.eps) for block in blocks], strict=True)
-        grad_weight, grad_bias = (_cat(rows).view(-1, *weight.shape[1:]).sum(0, keepdim=True) for rows in per_row)
-        return (
-            grad_x,
-            grad_shortcut,
-            grad_weight.to(weight.dtype) if needs_weight else None,
-            grad_bias.to(bias.dtype) if needs_bias else None,
-            None,
-        )
+        blocks = _blocks(ctx.parameter_shape[1], x, _laid_out_like(grad, x), out, grad_x, grad_shortcut, *rows)
+        grad_gamma, grad_beta = _cat([_block_backward(*block) for block in blocks])
+        grad_weight = grad_gamma.view(-1, *ctx.parameter_shape[1:]).sum(0, keepdim=True) if needs_weight else None
+        grad_bias = grad_beta.view(-1, *ctx.parameter_shape[1:]).sum(0, keepdim=True) if needs_bias else None
+        return grad_x, grad_shortcut, grad_weight, grad_bias, None
 
 
 def _enhance(
     x: Tensor, shortcut: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Writes SGE(x), or relu(SGE(x) + shortcut), into ``out``, which may be ``x`` itself.
 
     Returns:
-        g of eq. 1, (N * G, C / G, 1), and the std of eq. 3, (N * G, 1, 1), in the dtype of the computation.
+        for each of the N * G rows, in the dtype of the computation: g of eq. 1 (rows, C / G, 1); the std of eq. 3,
+        std + eps, gamma and beta (rows, 1, 1).
     """
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    gamma, beta = _per_row(weight, x, compute), _per_row(bias, x, compute)
+    gamma, beta = (p.to(compute).expand(x.shape[0], -1, -1, -1).reshape(-1, 1, 1) for p in (weight, bias))
     blocks = _blocks(weight.numel(), x, shortcut, out, gamma, beta)
-    g, std = zip(*[_block_forward(*block, eps) for block in blocks], strict=True)
-    return _cat(g), _cat(std)
+    return *_cat([_block_forward(*block, eps) for block in blocks]), gamma, beta
 
 
 def _block_forward(
     x: Tensor, shortcut: Tensor | None, out: Tensor, gamma: Tensor, beta: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     wide = x.to(gamma.dtype)
     g = wide.mean(2, keepdim=True)
     gate = _centred_similarity(wide, g)
     std = torch.linalg.vector_norm(gate, dim=2, keepdim=True).div_(max(x.shape[2] - 1, 1) ** 0.5)
-    gate = torch.addcmul(beta, gate, gamma / (std + eps), out=gate).sigmoid_().to(x.dtype)
+    denominator = std + eps
+    gate = torch.addcmul(beta, gate, gamma / denominator, out=gate).sigmoid_().to(x.dtype)
     if shortcut is None:
         torch.mul(x, gate, out=out)
     else:
         torch.addcmul(shortcut, x, gate, out=out).relu_()
-    return g, std
+    return g, std, denominator
 
 
 def _block_backward(
@@ -197,9 +191,9 @@ def _block_backward(
     grad_shortcut: Tensor | None,
     g: Tensor,
     std: Tensor,
+    denominator: Tensor,
     gamma: Tensor,
     beta: Tensor,
-    eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Fills ``grad_x`` and ``grad_shortcut``, where wanted, and returns the gradients of each row's gamma and beta."""
     if out is not None:
@@ -208,19 +202,20 @@ def _block_backward(
     wide, grad = x.to(g.dtype), grad.to(g.dtype)
     positions = x.shape[2]
     u = _centred_similarity(wide, g)
-    scale = gamma / (std + eps)
+    scale = gamma / denominator
     gate = torch.addcmul(beta, u, scale).sigmoid_()
     product = grad_x if grad_x is not None and grad_x.dtype == g.dtype else torch.empty_like(wide)
     grad_a = torch.mul(grad, wide, out=product).sum(1, keepdim=True)
     grad_a = torch.ops.aten.sigmoid_backward.grad_input(grad_a, gate, grad_input=grad_a)
     grad_beta = grad_a.sum(2, keepdim=True)
-    grad_gamma = (grad_a * u).sum(2, keepdim=True).div_(std + eps)
+    grad_gamma = (grad_a * u).sum(2, keepdim=True).div_(denominator)
     if grad_x is not None:
         # Where all similarities are equal, u and the gradient of the std are 0: keep 0 / 0 out of it.
-        through_std = grad_gamma / (std * max(positions - 1, 1)).clamp_(min=torch.finfo(std.dtype).tiny)
-        grad_s = grad_a.sub_(grad_beta / positions).addcmul_(u, through_std, value=-1).mul_(scale)
-        grad_g = torch.bmm(grad_s, wide.mT, out=torch.empty_like(g.mT)).mT
-        torch.addcmul(grad_g / positions, grad, gate, out=product).addcmul_(g, grad_s)
+        through_std = grad_gamma / std.clamp(min=torch.finfo(std.dtype).tiny)
+        grad_u = grad_a.sub_(grad_beta / positions).addcmul_(u, through_std, value=-1 / max(positions - 1, 1))
+        # What remains of the chain, the factor ``scale``, is cheaper on g than on the map.
+        grad_g = torch.bmm(grad_u, wide.mT, out=torch.empty_like(g.mT)).mT
+        torch.addcmul(grad_g * (scale / positions), grad, gate, out=product).addcmul_(g * scale, grad_u)
         if product is not grad_x:
             grad_x.copy_(product)
     return grad_gamma, grad_beta
@@ -251,19 +246,20 @@ def _blocks(groups: int, *tensors: Tensor | None) -> list[tuple[Tensor | None, .
     contiguous = x.is_contiguous()
     rows = samples * groups if contiguous else groups
     shape = (rows, channels // groups, height * width)
-    step = max(rows, 1)
+    step = rows
     if x.device.type == "cpu":
-        row_bytes = x.element_size() * shape[1] * shape[2]
-        step = min(step, max(_BLOCK_BYTES // max(row_bytes, 1), 1))
+        step = _BLOCK_BYTES // max(x.element_size() * shape[1] * shape[2], 1) or 1
 
     def cut(tensor: Tensor | None):
         if tensor is None:
             return itertools.repeat(None)
-        if tensor.dim() == 4:
-            parts = [tensor.view(shape)] if contiguous else [sample.view(shape) for sample in tensor]
+        if contiguous:
+            parts = [tensor.view(shape) if tensor.dim() == 4 else tensor]
         else:
-            parts = [tensor] if contiguous else tensor.split(groups)
-        return [block for part in parts for block in part.split(step)]
+            parts = [sample.view(shape) for sample in tensor] if tensor.dim() == 4 else tensor.split(groups)
+        if step >= rows:
+            return parts
+        return [part[start : start + step] for part in parts for start in range(0, rows, step)]
 
     return list(zip(*map(cut, tensors), strict=False))
 
@@ -280,9 +276,6 @@ def _laid_out_like(tensor: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=tensor.dtype).copy_(tensor)
 
 
-def _per_row(parameter: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    return parameter.to(dtype).repeat(x.shape[0], 1, 1, 1).view(-1, 1, 1)
-
-
-def _cat(blocks: Sequence[Tensor]) -> Tensor:
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+def _cat(blocks: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Joins what the blocks returned."""
+    return blocks[0] if len(blocks) == 1 else tuple(map(torch.cat, zip(*blocks, strict=True)))

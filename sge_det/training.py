@@ -12,15 +12,17 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, create_ddp_model, default_argument_parser
 from detectron2.engine import launch as launch_processes
 from detectron2.engine.train_loop import AMPTrainer, SimpleTrainer, TrainerBase
-from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_model
+from detectron2.modeling import build_model
 from detectron2.utils import comm
 
-from .checkpoint import Checkpointer, check_weights_exist
+from . import doctor
+from .checkpoint import Checkpointer
 from .config import load_config, sge_options
 from .data import ReplayableLoader, build_train_loader, use_datasets
 from .errors import UserError
 from .evaluation import build_evaluator
 from .optimizer import build_optimizer
+from .weights.sources import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -84,14 +86,10 @@ def setup_config(
     cfg = load_config(config_file, overrides)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
-    if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
-        raise UserError("SOLVER.AMP.ENABLED True needs a GPU: Detectron2 trains with mixed precision on GPUs only")
-    for registry, key in ((BACKBONE_REGISTRY, "MODEL.BACKBONE.NAME"), (META_ARCH_REGISTRY, "MODEL.META_ARCHITECTURE")):
-        name = cfg.MODEL.BACKBONE.NAME if registry is BACKBONE_REGISTRY else cfg.MODEL.META_ARCHITECTURE
-        if name not in registry:
-            raise UserError(f"{key} {name!r} is not registered: import the package that defines it")
-    check_weights_exist(cfg)
+    doctor.tell(doctor.examine_settings(cfg, config_file, eval_only=eval_only))
     use_datasets(cfg, datasets, overrides, eval_only=eval_only)
+    if comm.is_main_process():
+        doctor.tell(doctor.examine_files(cfg, eval_only=eval_only))
     return cfg
 
 
@@ -149,7 +147,8 @@ class Trainer(DefaultTrainer):
         trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
         self._trainer = trainer(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        metadata = Recipe.of_config(cfg).metadata()
+        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, metadata=metadata, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -196,6 +195,7 @@ def train(cfg: CfgNode, *, resume: bool = False) -> OrderedDict:
     """
     if not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name a data set, or give one with --dataset NAME JSON IMAGES")
+    doctor.tell(doctor.examine_run(cfg, processes=comm.get_world_size()))
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=resume)
     if trainer.start_iter >= trainer.max_iter:

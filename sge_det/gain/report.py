@@ -1,0 +1,204 @@
+"""report.json, report.md, report.html and the table on the screen."""
+
+import base64
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import plots
+from .files import write_file, write_json
+from .gallery import SCORE, GalleryImage
+from .statistics import TASK_NAMES, Measurement
+
+ABSENT = "absent"
+
+_CSS = """
+body { font: 16px/1.5 "DejaVu Sans", Verdana, sans-serif; color: #1a1a1a; max-width: 1060px; margin: 2em auto;
+  padding: 0 1em }
+h1 { font-size: 1.7em } h2 { font-size: 1.3em; margin-top: 2em; border-bottom: 1px solid #ccc }
+.verdict { background: #eef4fa; border-left: 5px solid #0072b2; padding: .8em 1.2em }
+.verdict p { margin: .3em 0 }
+table { border-collapse: collapse; margin: 1em 0; font-size: .88em }
+th, td { padding: .25em .65em; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
+th { border-bottom: 2px solid #888 } th:first-child, td:first-child { text-align: left }
+.wide { overflow-x: auto }
+img { max-width: 100%; display: block; margin: 1em 0 .2em }
+figure { margin: 1.2em 0 } figcaption, .note { color: #444; font-size: .9em }
+"""
+
+
+@dataclass
+class Table:
+    """A table of text; the first column is what the row is about."""
+
+    header: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        lines = [self.header, *self.rows]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(self.header))]
+        rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+        padded = [
+            [line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:]))]
+            for line in (self.header, rule, *self.rows)
+        ]
+        return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+    def html(self) -> str:
+        head = "".join(f"<th>{html.escape(text)}</th>" for text in self.header)
+        rows = "\n".join(f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in row)}</tr>" for row in self.rows)
+        return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>'
+
+
+@dataclass
+class Extras:
+    """What a report shows besides the numbers of a :class:`Measurement`.
+
+    Attributes:
+        curves: by arm and seed, what the run logged (``Run.curves``).
+        galleries: by arm, the images on which it differs most from the reference.
+        provenance: what was compared, and with what: (name, value) pairs.
+    """
+
+    curves: plots.Curves = field(default_factory=dict)
+    galleries: dict[str, list[GalleryImage]] = field(default_factory=dict)
+    provenance: list[tuple[str, str]] = field(default_factory=list)
+
+
+def write_report(output: Path, measurement: Measurement, extras: Extras) -> None:
+    """Writes ``report.json``, ``report.md`` and ``report.html`` into ``output``.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    measurement.report["provenance"] = dict(extras.provenance)
+    page = html_page(measurement, extras)
+    write_file(output / "report.md", markdown(measurement.report))
+    write_file(output / "report.html", page)
+    write_json(output / "report.json", measurement.report)
+
+
+def markdown(report: dict) -> str:
+    """The report in words and tables, as Markdown."""
+    parts = ["# Gain", *report["verdict"].split("\n"), _explanation(report)]
+    for task in report["tasks"]:
+        parts += [f"## {TASK_NAMES[task].capitalize()} metrics", metric_table(report, task).markdown()]
+    for name, by_seed in report["gates"].items():
+        parts += [f"## Gates of {name}", gate_table(by_seed).markdown()]
+    parts += ["## Made from", "\n".join(f"- {key}: {value}" for key, value in report.get("provenance", {}).items())]
+    return "\n\n".join(parts) + "\n"
+
+
+def metric_table(report: dict, task: str) -> Table:
+    """The metrics of all arms and their differences from the reference, in points."""
+    names, several = list(report["arms"]), len(report["seeds"]) > 1
+    has_interval = several or report["bootstrap_samples"] > 0
+    header = ["metric", *names]
+    for name in report["differences"]:
+        header.append("difference" if len(names) == 2 else f"{name} - {report['reference']}")
+        header += ["95% interval"] if has_interval else []
+    rows = []
+    for metric in report["arms"][report["reference"]][task]:
+        row = [metric] + [_score(report["arms"][name][task][metric], several) for name in names]
+        for differences in report["differences"].values():
+            difference = differences[task][metric]
+            low, high = plots.interval(report, difference)
+            row.append(ABSENT if math.isnan(difference["mean"]) else f"{difference['mean']:+.2f}")
+            row += ["" if math.isnan(low) else f"{low:+.2f} to {high:+.2f}"] if has_interval else []
+        rows.append(row)
+    return Table(header, rows)
+
+
+def gate_table(by_seed: dict[str, dict]) -> Table:
+    """Gamma, beta and the gates (0-1) of the runs of an arm, by stage."""
+    header = ["run, stage", "gamma", "beta", "gate", "gate, spread over a map"]
+    rows = []
+    for seed, stages in by_seed.items():
+        for stage, found in stages.items():
+            numbers = [f"{found[key]['mean']:.4f} ± {found[key]['sd']:.4f}" for key in ("gamma", "beta", "gate")]
+            rows.append([f"seed {seed}, {stage}", *numbers, f"{found['gate']['spatial_sd']:.4f}"])
+    return Table(header, rows)
+
+
+def _score(score: dict, several: bool) -> str:
+    if math.isnan(score["mean"]):
+        return ABSENT
+    return f"{score['mean']:.2f}" + (f" ± {score['sd']:.2f}" if several else "")
+
+
+def _explanation(report: dict) -> str:
+    runs = f"{len(report['seeds'])} seeds" if len(report["seeds"]) > 1 else "one seed"
+    spread = "; mean ± standard deviation over the seeds" if len(report["seeds"]) > 1 else ""
+    return (
+        f"{len(report['arms'])} arms, {runs}, {report['images']} validation images. Metrics are COCO's, in points "
+        f"(0-100){spread}; differences are paired by seed; {plots.interval_name(report)}. "
+        f'"{ABSENT}": the validation set has no such objects.'
+    )
+
+
+def html_page(measurement: Measurement, extras: Extras) -> str:
+    """The report as one HTML page that needs nothing but itself."""
+    report = measurement.report
+    title = f"Gain: {' and '.join(report['differences'])} against {report['reference']}"
+    verdict = "".join(f"<p>{html.escape(line)}</p>" for line in report["verdict"].split("\n"))
+    parts = [f"<h1>{html.escape(title)}</h1>", f'<div class="verdict">{verdict}</div>']
+    parts.append(f"<p>{html.escape(_explanation(report))}</p>")
+    parts.append("<h2>Differences</h2>")
+    many = " Small dots are the single seeds." if len(report["seeds"]) > 1 else ""
+    caption = f"Difference from {report['reference']}. Bars: {plots.interval_name(report)}.{many}"
+    parts.append(_figure(plots.forest(report), "Differences with their intervals", caption))
+    for task in report["tasks"]:
+        parts += [f"<h2>{TASK_NAMES[task].capitalize()} metrics</h2>", metric_table(report, task).html()]
+    parts.append("<h2>Arms and seeds</h2>")
+    caption = "AP of each run; bars are means, thin lines join the runs of a seed."
+    parts.append(_figure(plots.ap_by_arm(report), "AP per arm, every seed as a dot", caption))
+    parts.append("<h2>Categories</h2>")
+    caption = f"AP difference from {report['reference']} by category.{many}"
+    parts.append(_figure(plots.category_differences(report), "Differences by category", caption))
+    if extras.curves:
+        parts.append("<h2>Learning curves</h2>")
+        caption = "A line for each run. The loss is the median over the iterations since the last point."
+        parts.append(_figure(plots.learning_curves(report, extras.curves), "Loss and AP over the iterations", caption))
+    parts.append("<h2>Precision and recall</h2>")
+    caption = f"Mean over the categories{' and seeds; thin lines are the seeds' if many else ''}."
+    parts.append(_figure(plots.precision_recall(measurement), "Precision over recall", caption))
+    for name, by_seed in report["gates"].items():
+        parts.append(f"<h2>Gates of {html.escape(name)}</h2>")
+        parts.append(
+            "<p>Over all validation images: mean ± standard deviation over positions, groups and blocks of a stage. "
+            "Only what varies over a map is spatial attention; gates start constant, at sigmoid(beta).</p>"
+        )
+        parts.append(gate_table(by_seed).html())
+    for name, pictures in extras.galleries.items():
+        parts += _gallery(report, name, pictures)
+    parts.append("<h2>Made from</h2>")
+    parts.append(Table(["", ""], [[key, value] for key, value in extras.provenance]).html())
+    body = "\n".join(parts)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
+        f"<style>{_CSS}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _gallery(report: dict, name: str, pictures: Sequence[GalleryImage]) -> list[str]:
+    parts = [f"<h2>Where {html.escape(name)} and {html.escape(report['reference'])} differ most</h2>"]
+    parts.append(
+        f'<p class="note">The {len(pictures)} validation images whose own AP50 differs most, gains and losses alike; '
+        f"drawn are the detections of seed {report['seeds'][0]} with a score of at least {SCORE:g}. Green: objects. "
+        "Blue: detections that meet an object (IoU 0.5). Orange, dashed: false ones.</p>"
+    )
+    for picture in pictures:
+        scores = f"AP50 {picture.reference:.0f} with {report['reference']}, {picture.arm:.0f} with {name}"
+        caption = f"{picture.file_name}: {scores}"
+        parts.append(_figure(picture.png, picture.file_name, caption))
+    return parts
+
+
+def _figure(png: bytes, alt: str, caption: str) -> str:
+    source = base64.b64encode(png).decode()
+    return (
+        f'<figure><img alt="{html.escape(alt)}" src="data:image/png;base64,{source}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+    )

@@ -1,0 +1,109 @@
+"""One run of the matrix, in a process of its own: python -m sge_det.gain.run --config-file F ... OUTPUT_DIR D SEED K"""
+
+import argparse
+import importlib
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import filelock
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader
+from detectron2.engine import default_setup, launch
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from torch.multiprocessing.spawn import ProcessRaisedException
+
+from ..attention import gate_statistics
+from ..checkpoint import Checkpointer
+from ..errors import UserError, user_errors
+from ..training import argument_parser, build_seeded_model, setup_config, train
+from .files import write_json
+
+RESULT_FILE = "result.json"
+# What a dead worker leaves running ends by itself in less than this many seconds.
+_ORPHAN_SECONDS = 60
+
+
+def _train_and_record(args: argparse.Namespace) -> None:
+    import_modules(args.imports)
+    cfg = setup_config(args.config_file, args.opts, args.dataset)
+    cfg.freeze()
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="sge_det")
+    start = time.time()
+    results = train(cfg, resume=True)
+    if not comm.is_main_process():
+        return
+    folder = Path(cfg.OUTPUT_DIR)
+    gates = _gates(cfg)
+    for checkpoint in folder.glob("model_[0-9]*.pth*"):
+        checkpoint.unlink()
+    # the last file of a run, and what marks it as finished
+    record = {"schema": 1, "seconds": round(time.time() - start, 1), "results": results, "gates": gates}
+    write_json(folder / RESULT_FILE, record)
+
+
+def _gates(cfg: CfgNode) -> dict:
+    if not cfg.MODEL.SGE.ENABLED or cfg.MODEL.SGE.ATTENTION != "sge":
+        return {}
+    model = build_seeded_model(cfg)
+    Checkpointer(model, cfg.OUTPUT_DIR, whole_model=True).resume_or_load("", resume=True)
+    return gate_statistics(model, build_detection_test_loader(cfg, cfg.DATASETS.TEST[0]))
+
+
+def import_modules(names: list[str]) -> None:
+    """Imports what registers backbones, data sets or heads of the user's own.
+
+    Raises:
+        UserError: there is no such module.
+    """
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(f"--import {name}: {error}") from error
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the worker that started it is gone: its end of the pipe at stdin closes then."""
+
+    def wait() -> None:
+        while os.read(sys.stdin.fileno(), 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@user_errors
+def main(argv: list[str] | None = None) -> None:
+    parser = argument_parser(epilog=__doc__)
+    parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
+    args = parser.parse_args(argv)
+    _end_with_parent()
+    folder = Path(dict(zip(args.opts[::2], args.opts[1::2]))["OUTPUT_DIR"])
+    name = ".run.lock" if args.machine_rank == 0 else f".run{args.machine_rank}.lock"
+    try:
+        with filelock.FileLock(folder / name, timeout=_ORPHAN_SECONDS):
+            launch(
+                _train_and_record,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(args,),
+            )
+    except filelock.Timeout as error:
+        raise UserError(f"{folder} is being trained by another process: wait for it, or end it") from error
+    except ProcessRaisedException as error:
+        # a worker's error arrives with its traceback as its text
+        if "UserError: " in str(error):
+            raise UserError(str(error).rsplit("UserError: ", 1)[-1]) from error
+        raise
+
+
+if __name__ == "__main__":
+    main()

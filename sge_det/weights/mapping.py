@@ -1,0 +1,302 @@
+"""Names and layouts: from each kind of weights to Detectron2's."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
+from torch import Tensor
+
+from ..config import STAGES
+from ..errors import UserError
+from .sources import Source
+
+_COUNTER = "a counter that no detector reads"
+_CLASSIFIER = "the ImageNet classifier"
+_FROM_CONFIG = "follows from the config"
+
+# What has no place in Detectron2, by the end of its name, and why.
+_DROPPED = (
+    (r"(.*\.)?num_batches_tracked", _COUNTER),
+    (r"(stem\.)?(fc|fc1000|linear|pred)\.(weight|bias)", _CLASSIFIER),
+    (r"(.*\.)?anchor_generator\.cell_anchors\.\d+|pixel_mean|pixel_std", _FROM_CONFIG),
+    (r"stem\.conv1\.bias", "Detectron2's stem has a norm in its place"),
+)
+
+# Anchors of each RetinaNet location: aspect ratios times sizes within an octave.
+_RATIOS = 3
+
+Transform = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Renamed:
+    """Weights under Detectron2's names, and what became of each of the source's.
+
+    Attributes:
+        state: the tensors.
+        names: the source's name -> Detectron2's.
+        dropped: the source's name -> why it has no place.
+        filled: Detectron2's name -> why it has a value that is not the source's.
+    """
+
+    state: dict[str, Tensor] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    filled: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ResNetShape:
+    """What the names and shapes of a state dict tell about its ResNet.
+
+    Attributes:
+        prefix: what stands before "stem" and "res2", e.g. "backbone.bottom_up.".
+        depth: 18, 34, 50, 101 or 152.
+        norm: "BN" (frozen or not) or "GN", or "" where there is none.
+        groups: the groups of its SGE layers; empty where it has none.
+    """
+
+    prefix: str
+    depth: int
+    norm: str
+    groups: frozenset[int]
+
+    def __str__(self) -> str:
+        sge = f"SGE-ResNet-{self.depth} ({'/'.join(map(str, sorted(self.groups)))} groups)"
+        return f"{sge if self.groups else f'ResNet-{self.depth}'}, {self.norm or 'no norm'}"
+
+
+def to_detectron2(source: Source) -> Renamed:
+    """Renames and rearranges the weights of ``source`` for Detectron2.
+
+    Backbone files get bare names ("stem.conv1.weight"), which Detectron2 matches by suffix; detectors get full ones.
+
+    Raises:
+        UserError: an entry that has no place is not known to be dispensable, or a layout is not what it should be.
+    """
+    state = source.state
+    if source.kind == "caffe2":
+        state, origins = convert_c2_detectron_names(dict(state))
+    else:
+        origins = {key: key for key in state}
+    rename = _mmdet_rename(source) if source.kind.startswith("mmdet-") else _RENAME[source.kind]
+    result = Renamed()
+    for key, value in state.items():
+        reason = next((why for pattern, why in _DROPPED if re.fullmatch(pattern, key)), None)
+        target = (None, reason) if reason else rename(key, value)
+        if target is None:
+            raise UserError(
+                f"{source.path} is {source.description}, but {key} has no place in Detectron2's: the model is another one"
+            )
+        name, change = target
+        if name is None:
+            result.dropped[origins[key]] = change
+            continue
+        result.names[origins[key]] = name
+        result.state[name] = _sge_shape(name, change(value) if change else value)
+    if source.kind == "caffe2" and any("_bn_" in key for key in origins.values()):
+        _complete_affine_norms(result)
+    return result
+
+
+def _complete_affine_norms(result: Renamed) -> None:
+    """Gives norms that are a scale and a shift alone the statistics that Detectron2 gives them."""
+    for key in [key for key in result.state if re.search(r"(^|\.)(stem|res\d\.\d+)\.\w+\.norm\.weight$", key)]:
+        for statistic, value in (("running_mean", 0.0), ("running_var", 1.0)):
+            name = key.removesuffix("weight") + statistic
+            if name not in result.state:
+                result.state[name] = torch.full_like(result.state[key], value)
+                result.filled[name] = "the source's norm is a scale and a shift alone"
+
+
+def _resnet_name(key: str) -> str | None:
+    if key == "conv1.weight":
+        return "stem.conv1.weight"
+    if found := re.fullmatch(r"bn1\.(weight|bias|running_mean|running_var)", key):
+        return f"stem.conv1.norm.{found[1]}"
+    found = re.fullmatch(r"layer([1-4])\.(\d+)\.(.+)", key)
+    if found is None:
+        return None
+    block, rest = f"res{int(found[1]) + 1}.{found[2]}", found[3]
+    if part := re.fullmatch(r"conv([1-3])\.weight", rest):
+        return f"{block}.conv{part[1]}.weight"
+    if part := re.fullmatch(r"bn([1-3])\.(weight|bias|running_mean|running_var)", rest):
+        return f"{block}.conv{part[1]}.norm.{part[2]}"
+    if rest == "downsample.0.weight":
+        return f"{block}.shortcut.weight"
+    if part := re.fullmatch(r"downsample\.1\.(weight|bias|running_mean|running_var)", rest):
+        return f"{block}.shortcut.norm.{part[1]}"
+    if part := re.fullmatch(r"(?:sge|se)\.(weight|bias)", rest):
+        return f"{block}.sge.{part[1]}"
+    return None
+
+
+def _rename_resnet(key: str, value: Tensor) -> tuple[str, None] | None:
+    name = _resnet_name(key)
+    # timm's "d" models pool before a convolution that stands at the norm's place
+    if name is None or (".shortcut.norm." in name and value.dim() != 1):
+        return None
+    return name, None
+
+
+def _keep(key: str, value: Tensor) -> tuple[str, None]:
+    return key, None
+
+
+_RENAME = {
+    "sge-imagenet": _rename_resnet,
+    "timm-sge": _rename_resnet,
+    "plain-resnet": _rename_resnet,
+    "detectron2-backbone": _keep,
+    "detectron2-detector": _keep,
+    "caffe2": _keep,
+}
+
+
+def _mmdet_rename(source: Source) -> Callable[[str, Tensor], tuple[str, Transform | None] | tuple[None, str] | None]:
+    retinanet, cascade = source.kind == "mmdet-retinanet", source.kind == "mmdet-cascade"
+    first_level = 3 if retinanet else 2
+    state = source.state
+    anchors = _RATIOS
+    if retinanet:
+        anchors = state["bbox_head.retina_reg.weight"].shape[0] // 4
+        if anchors % _RATIOS:
+            raise UserError(f"{source.path} has {anchors} anchors a location, no multiple of {_RATIOS} aspect ratios")
+    elif "rpn_head.rpn_cls.weight" in state:
+        scores, deltas = (state[f"rpn_head.rpn_{name}.weight"].shape[0] for name in ("cls", "reg"))
+        if 4 * scores != deltas:
+            raise UserError(f"{source.path} has an RPN of {scores} scores for {deltas // 4} anchors: softmax has no place")
+
+    def neck(part: str, level: int, rest: str) -> str | None:
+        rest = rest.replace("conv.", "").replace("bn.", "norm.").replace("gn.", "norm.")
+        if part == "lateral":
+            return f"backbone.fpn_lateral{first_level + level}.{rest}"
+        if level < (3 if retinanet else 4):
+            return f"backbone.fpn_output{first_level + level}.{rest}"
+        # only RetinaNet has convolutions beyond the pyramid
+        return f"backbone.top_block.p{level + 3}.{rest}" if retinanet and level < 5 else None
+
+    def box_head(key: str) -> tuple[str, Transform | None] | None:
+        found = re.fullmatch(r"bbox_head\.(?:(\d+)\.)?(.+)\.(weight|bias)", key)
+        if found is None or (found[1] is not None) != cascade:
+            return None
+        stage, layer, kind = ("" if found[1] is None else f"{found[1]}."), found[2], found[3]
+        if part := re.fullmatch(r"shared_fcs\.(\d+)", layer):
+            return f"roi_heads.box_head.{stage}fc{int(part[1]) + 1}.{kind}", None
+        if layer == "fc_cls":
+            return f"roi_heads.box_predictor.{stage}cls_score.{kind}", _background_last
+        if layer == "fc_reg":
+            agnostic = state[key].shape[0] == 4
+            return f"roi_heads.box_predictor.{stage}bbox_pred.{kind}", None if agnostic else _without_background_box
+        return None
+
+    def retina_head(key: str) -> tuple[str, Transform | None] | None:
+        if part := re.fullmatch(r"bbox_head\.(cls|reg)_convs\.(\d+)\.conv\.(weight|bias)", key):
+            subnet = "cls_subnet" if part[1] == "cls" else "bbox_subnet"
+            return f"head.{subnet}.{2 * int(part[2])}.{part[3]}", None
+        if part := re.fullmatch(r"bbox_head\.retina_(cls|reg)\.(weight|bias)", key):
+            name = "cls_score" if part[1] == "cls" else "bbox_pred"
+            return f"head.{name}.{part[2]}", lambda value: _scales_first(value, anchors)
+        return None
+
+    def mask_head(key: str) -> tuple[str, Transform | None] | tuple[None, str] | None:
+        if re.match(r"mask_head\.\d+\.", key):
+            return None, "one mask head of each cascade stage, where Detectron2 has one for all"
+        if part := re.fullmatch(r"mask_head\.convs\.(\d+)\.conv\.(weight|bias)", key):
+            return f"roi_heads.mask_head.mask_fcn{int(part[1]) + 1}.{part[2]}", None
+        if part := re.fullmatch(r"mask_head\.upsample\.(weight|bias)", key):
+            return f"roi_heads.mask_head.deconv.{part[1]}", None
+        if part := re.fullmatch(r"mask_head\.conv_logits\.(weight|bias)", key):
+            agnostic = state[key].shape[0] == 1
+            return f"roi_heads.mask_head.predictor.{part[1]}", None if agnostic else _without_background
+        return None
+
+    def rename(key: str, value: Tensor) -> tuple[str, Transform | None] | tuple[None, str] | None:
+        if key.startswith("backbone."):
+            if re.fullmatch(r"backbone\.fc\.\w+", key):
+                return None, _CLASSIFIER
+            bare = _rename_resnet(key.removeprefix("backbone."), value)
+            return bare and (f"backbone.bottom_up.{bare[0]}", None)
+        if part := re.fullmatch(r"neck\.(lateral|fpn)_convs\.(\d+)\.((?:conv|bn|gn)\.\w+)", key):
+            name = neck(part[1], int(part[2]), part[3])
+            return name and (name, None)
+        if part := re.fullmatch(r"rpn_head\.rpn_(conv|cls|reg)\.(weight|bias)", key):
+            name = {"conv": "conv", "cls": "objectness_logits", "reg": "anchor_deltas"}[part[1]]
+            return f"proposal_generator.rpn_head.{name}.{part[2]}", None
+        if key.startswith("bbox_head."):
+            return retina_head(key) if retinanet else box_head(key)
+        return mask_head(key) if key.startswith("mask_head.") else None
+
+    return rename
+
+
+def _background_last(rows: Tensor) -> Tensor:
+    return torch.cat([rows[1:], rows[:1]])
+
+
+def _without_background_box(rows: Tensor) -> Tensor:
+    return rows[4:]
+
+
+def _without_background(rows: Tensor) -> Tensor:
+    return rows[1:]
+
+
+def _scales_first(rows: Tensor, anchors: int) -> Tensor:
+    """From anchors in the order ratio, scale to scale, ratio; the rows of an anchor stay together."""
+    each = rows.unflatten(0, (_RATIOS, anchors // _RATIOS, -1))
+    return each.transpose(0, 1).flatten(0, 2)
+
+
+def _sge_shape(name: str, value: Tensor) -> Tensor:
+    """Gives an SGE parameter of shape (G,), (1, G, 1, 1) or (1, 1, 1, G) the shape (1, G, 1, 1)."""
+    if not re.search(r"\.sge\.(weight|bias)$", name):
+        return value
+    if value.dim() not in (1, 4) or value.numel() != max(value.shape, default=0):
+        raise UserError(f"{name} has the shape {tuple(value.shape)}: SGE has one number for each group")
+    return value.reshape(1, -1, 1, 1)
+
+
+def resnet_shape(state: dict[str, Tensor], path: str) -> ResNetShape:
+    """What ResNet lies in ``state`` (Detectron2's names), after a check that no block of it is missing.
+
+    Args:
+        state: tensors or meta tensors.
+        path: named in errors.
+
+    Raises:
+        UserError: there is none, or only parts of one.
+    """
+    stem = next((key for key in state if key.endswith("stem.conv1.weight")), None)
+    if stem is None:
+        raise UserError(f"{path} holds no stem of a ResNet (stem.conv1.weight)")
+    prefix = stem.removesuffix("stem.conv1.weight")
+    convolutions, groups = 0, set()
+    for stage in STAGES:
+        blocks = {
+            int(found[1])
+            for key in state
+            if (found := re.fullmatch(rf"{re.escape(prefix)}{stage}\.(\d+)\.conv1\.weight", key))
+        }
+        if stage == "res5" and not blocks and any(".res5." in key for key in state):
+            blocks = {0, 1, 2}  # a C4 detector has its res5 in the heads
+        if not blocks or blocks != set(range(len(blocks))):
+            missing = min(set(range(len(blocks) + 1)) - blocks)
+            raise UserError(f"{path} lacks the block {stage}.{missing}: it is no whole ResNet")
+        bottleneck = f"{prefix}res2.0.conv3.weight" in state
+        convolutions += len(blocks) * (3 if bottleneck else 2)
+        for block in blocks:
+            sge = state.get(f"{prefix}{stage}.{block}.sge.weight")
+            last = state.get(f"{prefix}{stage}.{block}.conv{3 if bottleneck else 2}.weight")
+            if sge is not None and last is not None:
+                groups.add(sge.numel())
+                if last.shape[0] % sge.numel():
+                    raise UserError(
+                        f"{path}: the {sge.numel()} groups of {stage}.{block}.sge do not divide its {last.shape[0]} channels"
+                    )
+    norm = "" if f"{prefix}stem.conv1.norm.weight" not in state else "GN"
+    if f"{prefix}stem.conv1.norm.running_mean" in state:
+        norm = "BN"
+    return ResNetShape(prefix, convolutions + 2, norm, frozenset(groups))

@@ -1,0 +1,283 @@
+"""What a weights file is: its kind, told by its keys, and what its images must look like."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils.file_io import PathManager
+from torch import Tensor
+
+from ..errors import UserError
+from .safe_load import load_checkpoint, sha256
+
+# What the keys tell, and how it is said.
+KINDS = {
+    "sge-imagenet": "an SGE-ResNet of the release, trained on ImageNet",
+    "timm-sge": "a timm ResNet with SGE built in",
+    "plain-resnet": "a plain ResNet of torchvision or timm",
+    "detectron2-backbone": "a Detectron2 backbone",
+    "detectron2-detector": "a Detectron2 detector",
+    "caffe2": "Caffe2 weights as Detectron2 reads them",
+    "mmdet-faster": "the release's Faster R-CNN (mmdetection)",
+    "mmdet-mask": "the release's Mask R-CNN (mmdetection)",
+    "mmdet-cascade": "the release's Cascade R-CNN (mmdetection)",
+    "mmdet-retinanet": "the release's RetinaNet (mmdetection)",
+    "": "something else",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What weights expect of images and model; None where it is not known.
+
+    Attributes:
+        channel_order: "RGB" or "BGR".
+        pixel_mean, pixel_std: three numbers of images in 0-255, in ``channel_order``.
+        stride_in_1x1: a bottleneck's stride is in its first 1x1 convolution, not in its 3x3.
+    """
+
+    channel_order: str | None = None
+    pixel_mean: tuple[float, ...] | None = None
+    pixel_std: tuple[float, ...] | None = None
+    stride_in_1x1: bool | None = None
+
+    @classmethod
+    def of_config(cls, cfg: CfgNode) -> "Recipe":
+        """What a model trained with ``cfg`` expects."""
+        return cls(
+            cfg.INPUT.FORMAT,
+            tuple(map(float, cfg.MODEL.PIXEL_MEAN)),
+            tuple(map(float, cfg.MODEL.PIXEL_STD)),
+            bool(cfg.MODEL.RESNETS.STRIDE_IN_1X1),
+        )
+
+    @classmethod
+    def of_metadata(cls, metadata: Mapping[str, Any] | None) -> "Recipe":
+        """What the metadata of a file says; unknown where it says nothing."""
+        values = {name: (metadata or {}).get(name) for name in cls.__dataclass_fields__}
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+    def overrides(self) -> dict[str, Any]:
+        """The config keys that hold what is known, with their values."""
+        keys = {
+            "INPUT.FORMAT": self.channel_order,
+            "MODEL.PIXEL_MEAN": self.pixel_mean and list(self.pixel_mean),
+            "MODEL.PIXEL_STD": self.pixel_std and list(self.pixel_std),
+            "MODEL.RESNETS.STRIDE_IN_1X1": self.stride_in_1x1,
+        }
+        return {key: value for key, value in keys.items() if value is not None}
+
+    def contradictions(self, cfg: CfgNode) -> dict[str, tuple[Any, Any]]:
+        """The config keys that contradict what is known: key -> (value in ``cfg``, value it should have)."""
+        have = Recipe.of_config(cfg).overrides()
+        found = {}
+        for key, value in self.overrides().items():
+            if key.endswith("STRIDE_IN_1X1") and cfg.MODEL.RESNETS.DEPTH < 50:
+                continue  # basic blocks have no 1x1 convolution
+            near = have[key] == value
+            if isinstance(value, list):
+                near = all(abs(a - b) < 0.5 for a, b in zip(have[key], value, strict=True))
+            if not near:
+                found[key] = (have[key], value)
+        return found
+
+    def metadata(self) -> dict[str, Any]:
+        """As :meth:`of_metadata` reads it."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+_MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+IMAGENET = Recipe("RGB", _MEAN, _STD, False)
+MSRA = Recipe("BGR", _MEAN[::-1], (1.0, 1.0, 1.0), True)
+
+# Detectron2's own ImageNet files, by their place on its server.
+_KNOWN_FILES = {
+    r"torchvision/R-\d+\.pkl": IMAGENET,
+    r"MSRA/R-\d+(\.pkl)?": MSRA,
+    r"(R|FAIR/R)-\d+-GN(\.pkl)?": replace(MSRA, stride_in_1x1=False),
+    r"X-101-32x8d(\.pkl)?": replace(MSRA, pixel_std=_STD[::-1], stride_in_1x1=False),
+}
+
+
+def known_recipe(path: str) -> Recipe | None:
+    """The recipe of a file that Detectron2 publishes, told by its name or URL; None for any other."""
+    for pattern, recipe in _KNOWN_FILES.items():
+        if re.search(rf"(^|/){pattern}$", path):
+            return recipe
+    # names of the model zoo end in a part of their checksum
+    name = path.rsplit("/", 1)[-1]
+    if not re.fullmatch(r"model_final_\w{6,}\.pkl", name):
+        return None
+    # imported late: it warns of pkg_resources
+    from detectron2 import model_zoo
+    from detectron2.model_zoo.model_zoo import _ModelZooUrls
+
+    for config, suffix in _ModelZooUrls.CONFIG_PATH_TO_URL_SUFFIX.items():
+        if suffix.endswith(f"/{name}"):
+            return Recipe.of_config(model_zoo.get_config(f"{config}.yaml"))
+    return None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A weights file that was read and recognised.
+
+    Attributes:
+        path: the file on this disk.
+        kind: a key of ``KINDS``.
+        state: its tensors under its own names, less a "module." before all of them.
+        recipe: what is known of the images it was trained on.
+        by_suffix: Detectron2 matches its names by their ends.
+        transplanted: it came out of a transplant.
+    """
+
+    path: str
+    kind: str
+    state: dict[str, Tensor]
+    recipe: Recipe
+    by_suffix: bool = False
+    transplanted: bool = False
+
+    @property
+    def description(self) -> str:
+        """A few words, for instance "a plain ResNet of torchvision or timm"."""
+        return KINDS[self.kind]
+
+    @property
+    def is_detector(self) -> bool:
+        """It holds more than a backbone."""
+        return self.kind == "detectron2-detector" or self.kind.startswith("mmdet-")
+
+    def metadata(self) -> dict[str, Any]:
+        """What a converted file says of where it came from."""
+        return {"source": self.kind, "file": Path(self.path).name, "sha256": sha256(self.path), **self.recipe.metadata()}
+
+
+def read_source(path: str, *, strict: bool = True) -> Source:
+    """Reads a weights file of any kind in ``KINDS``.
+
+    Args:
+        path: a file, or a URL that Detectron2 can fetch ("detectron2://...").
+        strict: refuse what is of no known kind; its kind is "" otherwise.
+
+    Raises:
+        UserError: it cannot be read, would run code, or is of no known kind.
+    """
+    try:
+        local = PathManager.get_local_path(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be fetched: {error}") from error
+    checkpoint = load_checkpoint(local)
+    state = as_tensors(_unwrap(checkpoint), path)
+    try:
+        kind = identify(state, path)
+    except UserError:
+        if strict:
+            raise
+        kind = ""
+    return Source(
+        local,
+        kind,
+        state,
+        known_recipe(path) or _recipe(kind, checkpoint, state),
+        bool(checkpoint.get("matching_heuristics")),
+        bool((checkpoint.get("metadata") or {}).get("transplanted")),
+    )
+
+
+def _unwrap(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    state = checkpoint["model"]
+    # what training scripts put around the weights; averaged weights are the ones that timm evaluates
+    for name in ("state_dict_ema", "state_dict", "model"):
+        if isinstance(state.get(name), Mapping):
+            return state[name]
+    return state
+
+
+def as_tensors(state: Mapping[str, Any], path: str) -> dict[str, Tensor]:
+    """Tensors of a state dict (arrays become tensors), without a "module." before all names.
+
+    Raises:
+        UserError: an entry is no array of numbers.
+    """
+    tensors = {}
+    for key, value in state.items():
+        try:
+            tensors[str(key)] = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{path}: the entry {key!r} is a {type(value).__name__}, not a tensor") from error
+    if tensors and all(key.startswith("module.") for key in tensors):
+        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
+    return tensors
+
+
+def identify(state: Mapping[str, Tensor], path: str) -> str:
+    """The kind of a state dict, by its keys.
+
+    Raises:
+        UserError: it is of no known kind; says what it has.
+    """
+    if "backbone.layer1.0.conv1.weight" in state:
+        if "bbox_head.retina_cls.weight" in state:
+            return "mmdet-retinanet"
+        if "bbox_head.0.fc_cls.weight" in state:
+            return "mmdet-cascade"
+        if "bbox_head.fc_cls.weight" in state:
+            return "mmdet-mask" if "mask_head.conv_logits.weight" in state else "mmdet-faster"
+    if "conv1.weight" in state and "layer1.0.conv1.weight" in state:
+        if "layer1.0.sge.weight" in state or any(".sge." in key for key in state):
+            return "sge-imagenet"
+        return "timm-sge" if any(re.fullmatch(r"layer\d\.\d+\.se\.weight", key) for key in state) else "plain-resnet"
+    if "layer1.0.conv1.weight" in state:
+        raise UserError(f"{path} is a ResNet with a deep stem (conv1.0), which Detectron2's stem of one 7x7 cannot hold")
+    if "res2.0.conv1.weight" in state:
+        return "detectron2-backbone"
+    if any(key.endswith(".res2.0.conv1.weight") for key in state):
+        return "detectron2-detector"
+    if "res2_0_branch2a_w" in state:
+        return "caffe2"
+    some = ", ".join(list(state)[:3]) or "nothing"
+    raise UserError(f"{path} is none of the kinds that can be converted (see docs/weights.md): it holds {some}, ...")
+
+
+def _recipe(kind: str, checkpoint: Mapping[str, Any], state: Mapping[str, Tensor]) -> Recipe:
+    if checkpoint.get("metadata"):
+        return Recipe.of_metadata(checkpoint["metadata"])
+    if kind in ("sge-imagenet", "timm-sge", "plain-resnet") or checkpoint.get("__author__") == "torchvision":
+        return IMAGENET
+    if kind == "caffe2" and _is_msra(state):
+        return MSRA
+    if kind.startswith("mmdet-"):
+        return _mmdet_recipe(checkpoint)
+    mean, std = state.get("pixel_mean"), state.get("pixel_std")
+    if mean is not None and std is not None:
+        mean, std = tuple(mean.flatten().tolist()), tuple(std.flatten().tolist())
+        # red is the brightest channel of the means in use
+        return Recipe("RGB" if mean[0] > mean[-1] else "BGR", mean, std)
+    return Recipe()
+
+
+def _is_msra(state: Mapping[str, Tensor]) -> bool:
+    grouped = state["res2_0_branch2b_w"].shape[0] != state["res2_0_branch2b_w"].shape[1]
+    return not grouped and any("_bn_" in key for key in state)
+
+
+def _mmdet_recipe(checkpoint: Mapping[str, Any]) -> Recipe:
+    # mmdetection keeps the text of its config; the release's are RGB, style "pytorch": stride in the 3x3
+    meta = checkpoint["model"].get("meta") or {}
+    text = str(meta.get("config", "")) if isinstance(meta, Mapping) else ""
+
+    def numbers(name: str, default: tuple[float, ...]) -> tuple[float, ...]:
+        found = re.search(rf"{name}\s*=\s*[\[(]([^\])]*)[\])]", text)
+        return tuple(float(value) for value in found[1].split(",") if value.strip()) if found else default
+
+    return Recipe(
+        "BGR" if re.search(r"to_rgb\s*=\s*False", text) else "RGB",
+        numbers("mean", _MEAN),
+        numbers("std", _STD),
+        bool(re.search(r"style\s*=\s*['\"]caffe", text)),
+    )

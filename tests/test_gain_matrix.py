@@ -1,0 +1,230 @@
+import contextlib
+import io
+import json
+import multiprocessing
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import filelock
+import pytest
+from conftest import ROOT, TINY
+
+from sge_det import UserError
+from sge_det.gain import Matrix, RunFailed
+from sge_det.gain.matrix import Run
+
+CONFIG = "sample/faster_rcnn_SGE_R_50_FPN.yaml"
+SCHEDULE = [
+    *("SOLVER.MAX_ITER", "8", "SOLVER.CHECKPOINT_PERIOD", "2", "TEST.EVAL_PERIOD", "4"),
+    # so few iterations teach nothing: detections all the same, to compare
+    *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "TEST.DETECTIONS_PER_IMAGE", "5"),
+]
+RUNS = ["plain/seed0", "sge/seed0"]
+
+
+def matrix(output, datasets, *overrides, **options):
+    return Matrix(CONFIG, output, overrides=[*TINY, *SCHEDULE, *overrides], datasets=datasets, **options)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(sample_datasets, tmp_path_factory):
+    """A matrix that two workers made together, and what they printed; the one is the tool, the other this process."""
+    output = tmp_path_factory.mktemp("matrix") / "out"
+    datasets = [word for triple in sample_datasets for word in ("--dataset", *triple)]
+    command = [sys.executable, str(ROOT / "tools/measure_gain.py"), "--config-file", CONFIG, *datasets]
+    command += ["--bootstrap", "10", "--output", str(output), "--seeds", "0", *TINY, *SCHEDULE]
+    tool = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    own = io.StringIO()
+    with contextlib.redirect_stdout(own):
+        matrix(output, sample_datasets).execute()
+    printed = tool.communicate(timeout=300)[0]
+    assert tool.returncode == 0, printed
+    return output, [own.getvalue(), printed]
+
+
+def results(output):
+    """By run, Detectron2's metrics and all detections."""
+    found = {
+        name: (
+            json.loads((output / name / "result.json").read_text())["results"],
+            json.loads((output / name / "inference/coco_instances_results.json").read_text()),
+        )
+        for name in RUNS
+    }
+    assert all(len(detections) >= 4 for _, detections in found.values())
+    return found
+
+
+def test_workers_divide_the_runs(finished):
+    output, printed = finished
+    for name in RUNS:
+        assert (output / name / "log.txt").read_text().count("Starting training from iteration") == 1
+        assert sum(f"started {name}," in text for text in printed) == 1
+
+
+def test_what_a_run_leaves(finished):
+    output, _ = finished
+    for name in RUNS:
+        folder = output / name
+        for file in ("config.yaml", "metrics.json", "log.txt", "result.json", "inference/coco_instances_results.json"):
+            assert (folder / file).stat().st_size > 0, file
+        assert (folder / "last_checkpoint").read_text() == "model_final.pth"
+        assert [path.name for path in folder.glob("*.pth*")] == ["model_final.pth"]
+        assert not list(folder.rglob("*.part"))
+    gates = {name: json.loads((output / name / "result.json").read_text())["gates"] for name in RUNS}
+    assert gates["plain/seed0"] == {}
+    assert list(gates["sge/seed0"]) == ["res2", "res3", "res4", "res5"]
+    report = json.loads((output / "report.json").read_text())
+    assert list(report["gates"]) == ["sge"]
+    assert (output / "report.html").read_text().count("<img") >= 5
+    points = Run.curves(_run(output / RUNS[0]))
+    assert [iteration for iteration, _ in points["bbox/AP"]] == [4, 8]
+    assert points["total_loss"]
+
+
+def _run(folder):
+    run = Run.__new__(Run)
+    run.folder = folder
+    run.config = type("Config", (), {"SOLVER": type("Solver", (), {"MAX_ITER": 8})})
+    return run
+
+
+def trainings(output):
+    return sum(log.read_text().count("Starting training from iteration") for log in output.glob("*/*/log.txt"))
+
+
+def test_killed_at_random_and_run_again(finished, sample_datasets, tmp_path):
+    output = tmp_path / "out"
+    made = matrix(output, sample_datasets)
+    chance = random.Random()
+    for is_training in (True, False, True, False, True):
+        before, deadline = trainings(output), time.time() + 60
+        worker = multiprocessing.get_context("fork").Process(target=made.execute, kwargs={"jobs": 2})
+        worker.start()
+        while is_training and worker.is_alive() and trainings(output) == before and time.time() < deadline:
+            time.sleep(0.1)
+        time.sleep(chance.uniform(0, 2.5))
+        worker.kill()  # SIGKILL, to the worker alone: its runs must end by themselves
+        worker.join()
+    assert trainings(output) >= 2
+    made.execute(jobs=2)
+    assert results(output) == results(finished[0])
+    assert [path.name for path in output.glob("*/*/*.pth*")] == ["model_final.pth"] * 2
+
+
+def test_finished_runs_are_kept(finished, sample_datasets, capsys):
+    before = {
+        path: path.stat().st_mtime_ns for path in finished[0].rglob("*") if path.is_file() and path.suffix == ".pth"
+    }
+    matrix(finished[0], sample_datasets).execute()
+    assert capsys.readouterr().out.count("kept ") == 2
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_other_runs_are_refused(finished, sample_datasets, tmp_path, monkeypatch):
+    output = finished[0]
+    with pytest.raises(UserError, match=r"seed0 holds a run made with SOLVER.BASE_LR 0.02, this command has 0.01"):
+        matrix(output, sample_datasets, "SOLVER.BASE_LR", "0.01")
+    name, file, images = sample_datasets[1]
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(json.loads(Path(file).read_text()) | {"info": {"changed": True}}))
+    with pytest.raises(UserError, match=f"another content of {name}"):
+        matrix(output, [sample_datasets[0], (name, str(other), images)])
+    matrix(output, sample_datasets, seeds=[1])  # another seed has a folder of its own
+    monkeypatch.setattr("sge_det.gain.matrix.__version__", "0.0.0")
+    with pytest.raises(UserError, match=r"sge_det \S+, this command has 0\.0\.0"):
+        matrix(output, sample_datasets)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "words"),
+    [
+        (["OUTPUT_DIR", "x"], {}, "--output"),
+        (["SEED", "1"], {}, "--seeds"),
+        (["DATASETS.TEST", "('tiny_val', 'tiny_train')"], {}, "one validation set"),
+        ([], {"seeds": []}, "at least one seed"),
+        ([], {"seeds": [1, 1]}, "different numbers"),
+        ([], {"arm_names": ["plain", "x"]}, "there is no arm x"),
+    ],
+)
+def test_bad_commands(tmp_path, sample_datasets, overrides, options, words):
+    with pytest.raises(UserError, match=words):
+        matrix(tmp_path / "out", sample_datasets, *overrides, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_that_a_run_finds_are_told(sample_datasets, tmp_path):
+    odd = [["odd", "MODEL.SGE.GROUPS", "7"]]
+    made = matrix(tmp_path / "out", sample_datasets, arm_names=["odd", "plain"], custom_arms=odd)
+    with pytest.raises(UserError, match=r"^odd/seed0: MODEL.SGE.GROUPS.* does not divide the"):
+        made.execute()
+
+
+@pytest.mark.parametrize(
+    ("ending", "kind", "words"),
+    [
+        ("echo 'error: the key is wrong' >&2; exit 2", UserError, r"^plain/seed0: the key is wrong$"),
+        (
+            "echo RuntimeError: boom >&2; exit 1",
+            RunFailed,
+            r"failed \(exit 1\); its log is .*log.txt, .*RuntimeError: boom$",
+        ),
+        ("kill -9 $$", RunFailed, r"plain/seed0 was killed by signal 9 \(SIGKILL\)"),
+        ("exit 0", RunFailed, r"plain/seed0 failed \(exit 0\)"),
+    ],
+)
+def test_how_runs_end(tmp_path, sample_datasets, monkeypatch, ending, kind, words):
+    script = tmp_path / "python"
+    script.write_text(f"#!/bin/sh\n{ending}\n")
+    script.chmod(0o755)
+    made = matrix(tmp_path / "out", sample_datasets)
+    monkeypatch.setattr("sge_det.gain.matrix.sys.executable", str(script))
+    with pytest.raises(kind, match=words):
+        made.execute()
+    assert not (made.runs[0].folder / "result.json").exists()
+    with filelock.FileLock(made.runs[0].folder / ".claim.lock", blocking=False):
+        pass  # free again
+
+
+def test_full_disk_is_told(tmp_path, sample_datasets, monkeypatch):
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\nexit 1\n")
+    script.chmod(0o755)
+    made = matrix(tmp_path / "out", sample_datasets)
+    monkeypatch.setattr("sge_det.gain.matrix.sys.executable", str(script))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
+    with pytest.raises(UserError, match=r"the disk that holds .*plain/seed0 is full: free some space"):
+        made.execute()
+
+
+def test_a_run_that_another_worker_has_is_waited_for(tmp_path, sample_datasets, monkeypatch, capsys):
+    made = matrix(tmp_path / "out", sample_datasets)
+    done = json.dumps({"schema": 1, "seconds": 1, "results": {"bbox": {"AP": 1}}, "gates": {}})
+    polls = []
+    held = filelock.FileLock(made.runs[0].folder / ".claim.lock")
+    for run in made.runs:
+        run.folder.mkdir(parents=True)
+    (made.runs[1].folder / "result.json").write_text(done)
+    held.acquire()
+
+    def other_worker(seconds):
+        polls.append(seconds)
+        if len(polls) == 3:
+            (made.runs[0].folder / "result.json").write_text(done)
+            held.release()
+
+    monkeypatch.setattr("sge_det.gain.matrix.time.sleep", other_worker)
+    monkeypatch.setattr("sge_det.gain.matrix.sys.executable", "/no/python")
+    made.execute()
+    assert len(polls) == 3
+    assert "waiting for plain/seed0: another worker has them" in capsys.readouterr().out

@@ -1,0 +1,166 @@
+import json
+import math
+
+import numpy as np
+import pytest
+
+from sge_det import UserError
+from sge_det.gain import compare_results, t_interval
+from sge_det.gain.gallery import hits
+from sge_det.gain.statistics import GroundTruth, constant_gates, measure
+
+CATEGORIES = [{"id": 3, "name": "cup"}, {"id": 7, "name": "spoon"}, {"id": 8, "name": "fork"}]
+
+
+@pytest.fixture
+def truth_file(tmp_path):
+    """Twelve images with a small cup and a small spoon each; no fork, nothing large, no masks."""
+    images = [{"id": i, "file_name": f"{i}.jpg", "height": 100, "width": 100} for i in range(12)]
+    annotations = []
+    for i in range(12):
+        for category, x in ((3, 5), (7, 50)):
+            entry = {"id": len(annotations) + 1, "image_id": i, "category_id": category, "iscrowd": 0}
+            annotations.append(entry | {"bbox": [x, 10, 20, 20], "area": 400})
+    path = tmp_path / "truth.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": CATEGORIES}))
+    return path
+
+
+def detections(path, found, **changes):
+    """Finds the cups of the first ``found`` images, and all spoons."""
+    entries = [{"image_id": i, "category_id": 7, "bbox": [50, 10, 20, 20], "score": 0.9} for i in range(12)]
+    entries += [{"image_id": i, "category_id": 3, "bbox": [5, 10, 20, 20], "score": 0.8} for i in range(found)]
+    entries[5] |= changes
+    path.write_text(json.dumps(entries))
+    return path
+
+
+def cup_ap(found):
+    """By hand: precision 1 up to the recall found / 12, sampled at 101 recalls."""
+    return 100 * (math.floor(100 * found / 12 + 1e-9) + 1) / 101
+
+
+def test_t_interval_by_hand():
+    # t(0.975, 2 degrees of freedom) = 4.302653, standard error 1 / sqrt(3)
+    assert t_interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), abs=1e-5)
+    # t(0.975, 1) = 12.706205
+    assert t_interval([0.0, 2.0]) == pytest.approx((1 - 12.706205, 1 + 12.706205), abs=1e-5)
+    assert t_interval([0.7, 0.7, 0.7]) == pytest.approx((0.7, 0.7), abs=1e-9)
+    assert all(map(math.isnan, t_interval([4.0])))
+
+
+def test_differences_are_paired_by_seed(truth_file, tmp_path):
+    files = {
+        "plain": [detections(tmp_path / f"p{i}.json", found) for i, found in enumerate((3, 6))],
+        "sge": [detections(tmp_path / f"s{i}.json", found) for i, found in enumerate((6, 8))],
+    }
+    report = measure(GroundTruth(truth_file), files, bootstrap=50).report
+    plain, sge = ([cup_ap(found) for found in seeds] for seeds in ((3, 6), (6, 8)))
+    cup = report["arms"]["plain"]["bbox"]["AP-cup"]
+    assert cup["values"] == pytest.approx(plain)
+    assert (cup["mean"], cup["sd"]) == pytest.approx((np.mean(plain), abs(plain[0] - plain[1]) / 2**0.5))
+    by_hand = [(b - a) / 2 for a, b in zip(plain, sge)]  # the spoons are the same
+    difference = report["differences"]["sge"]["bbox"]["AP"]
+    assert difference["values"] == pytest.approx(by_hand)
+    assert difference["mean"] == pytest.approx(sum(by_hand) / 2)
+    half = 12.706205 * abs(by_hand[0] - by_hand[1]) / 2
+    assert (difference["low"], difference["high"]) == pytest.approx(
+        (difference["mean"] - half, difference["mean"] + half)
+    )
+    assert len(difference["image_bootstrap"]) == 2
+    for interval, value in zip(difference["image_bootstrap"], difference["values"]):
+        assert interval["low"] <= value <= interval["high"]
+        assert interval["low"] < interval["high"]
+    for absent in ("APl", "AP-fork"):
+        assert math.isnan(report["arms"]["sge"]["bbox"][absent]["mean"])
+        assert report["differences"]["sge"]["bbox"][absent]["image_bootstrap"] == []
+
+
+@pytest.mark.parametrize(
+    ("plain", "sge", "excludes", "words"),
+    [
+        ((2, 2), (8, 8), True, "zero is excluded, a gain"),
+        ((8, 8), (2, 2), True, "zero is excluded, a loss"),
+        ((3, 6), (6, 8), False, "zero is not excluded, no gain or loss is shown"),
+        ((3,), (6,), None, "seed noise was not measured"),
+    ],
+)
+def test_verdict(truth_file, tmp_path, plain, sge, excludes, words):
+    files = {
+        name: [detections(tmp_path / f"{name}{i}.json", number) for i, number in enumerate(found)]
+        for name, found in (("plain", plain), ("sge", sge))
+    }
+    report = measure(GroundTruth(truth_file), files, bootstrap=0).report
+    assert report["verdicts"][0]["excludes_zero"] is excludes
+    assert words in report["verdict"]
+    mean = np.mean([cup_ap(b) - cup_ap(a) for a, b in zip(plain, sge)]) / 2
+    assert f"sge - plain = {mean:+.2f} box AP" in report["verdict"]
+    assert "attention" not in report["verdict"]
+
+
+@pytest.mark.parametrize(("spread", "constant"), [(0.001, True), (0.08, False)])
+def test_verdict_knows_constant_gates(truth_file, tmp_path, spread, constant):
+    files = {"plain": [detections(tmp_path / "p.json", 3)], "sge": [detections(tmp_path / "s.json", 6)]}
+    stage = {"gamma": {}, "beta": {}, "gate": {"mean": 0.731, "sd": spread, "spatial_sd": spread}}
+    gates = {"sge": {0: {"res2": stage, "res3": stage | {"gate": {"mean": 0.7, "sd": 0.2, "spatial_sd": 0.0}}}}}
+    report = measure(GroundTruth(truth_file), files, bootstrap=0, gates=gates).report
+    assert constant_gates(report, "sge") is constant
+    assert constant_gates(report, "plain") is None
+    assert ("cannot come from attention" in report["verdict"]) is constant
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"image_id": 99}, "image 99 is not in the ground truth"),
+        ({"category_id": 1}, "category 1 is not in the ground truth"),
+        ({"score": math.nan}, "the score is not a finite number"),
+        ({"bbox": [0, 0, -4, 5]}, "negative width or height"),
+        ({"bbox": [0, 0, math.inf, 5]}, "not four finite numbers"),
+        ({"bbox": [0, 0, 5]}, "four numbers"),
+        ({"score": "high"}, "not in COCO's result format"),
+        ({"bbox": None}, "not in COCO's result format"),
+    ],
+)
+def test_bad_detections_are_named(truth_file, tmp_path, changes, words):
+    good, bad = detections(tmp_path / "good.json", 3), detections(tmp_path / "bad.json", 3, **changes)
+    with pytest.raises(UserError, match=words) as error:
+        compare_results(truth_file, {"plain": [good], "sge": [bad]}, tmp_path / "out", bootstrap=0)
+    assert "bad.json" in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_files_are_named(truth_file, tmp_path):
+    good = detections(tmp_path / "good.json", 3)
+    cut = tmp_path / "cut.json"
+    cut.write_text(good.read_text()[:100])
+    folder = tmp_path / "object.json"
+    folder.write_text("{}")
+    for bad, words in ((cut, "not JSON"), (folder, "must be a list"), (tmp_path / "no.json", "no result file")):
+        with pytest.raises(UserError, match=words):
+            compare_results(truth_file, {"a": [good], "b": [bad]}, tmp_path / "out")
+    for bad, words in (
+        (tmp_path / "no.json", "no annotation file"),
+        (folder, "instance format"),
+        (cut, "instance format"),
+    ):
+        with pytest.raises(UserError, match=words):
+            compare_results(bad, {"a": [good], "b": [good]}, tmp_path / "out")
+    with pytest.raises(UserError, match="b has 1 result files and a has 2"):
+        compare_results(truth_file, {"a": [good, good], "b": [good]}, tmp_path / "out")
+    with pytest.raises(UserError, match="two arms"):
+        compare_results(truth_file, {"a": [good]}, tmp_path / "out")
+
+
+def test_hits_meet_each_object_once():
+    objects = [{"category_id": 1, "bbox": [0, 0, 10, 10]}, {"category_id": 1, "bbox": [50, 0, 40, 40], "iscrowd": 1}]
+    found = [
+        {"category_id": 1, "bbox": [1, 0, 10, 10], "score": 0.6},  # second best for the object
+        {"category_id": 1, "bbox": [0, 0, 10, 10], "score": 0.9},
+        {"category_id": 2, "bbox": [0, 0, 10, 10], "score": 0.9},  # another category
+        {"category_id": 1, "bbox": [60, 10, 5, 5], "score": 0.5},  # in the crowd
+        {"category_id": 1, "bbox": [70, 10, 5, 5], "score": 0.4},  # in the crowd too
+        {"category_id": 1, "bbox": [20, 60, 5, 5], "score": 0.4},
+    ]
+    assert hits(found, objects) == [False, True, False, True, True, False]
+    assert hits(found, []) == [False] * 6

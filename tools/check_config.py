@@ -1,0 +1,39 @@
+"""The config doctor: what is wrong with a config, its weights and its data, before it costs a day.
+
+check_config.py --config-file configs/COCO-Detection/faster_rcnn_SGE_R_50_FPN_2x.yaml --num-gpus 8
+check_config.py --config-file F --dataset my_train train.json images/ SOLVER.IMS_PER_BATCH 4
+
+Takes train_net.py's arguments. Exit code 2 where there is an error, 0 otherwise.
+"""
+
+import sys
+
+from sge_det.doctor import diagnose
+from sge_det.errors import UserError, user_errors
+from sge_det.training import argument_parser
+
+
+@user_errors
+def main(argv: list[str] | None = None) -> None:
+    args = argument_parser(epilog=__doc__).parse_args(argv)
+    if not args.config_file:
+        raise UserError("give a config with --config-file, for instance configs/sample/faster_rcnn_SGE_R_50_FPN.yaml")
+    processes = max(args.num_gpus, 1) * args.num_machines
+    findings = diagnose(
+        args.config_file,
+        args.opts,
+        args.dataset,
+        processes=processes,
+        resume=args.resume,
+        eval_only=args.eval_only,
+    )
+    for finding in findings:
+        print(f"{finding.severity}: {finding}")
+    errors = sum(finding.severity == "error" for finding in findings)
+    print(f"{args.config_file}: {errors} errors, {len(findings) - errors} warnings")
+    if errors:
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
