@@ -1,4 +1,4 @@
-"""The config doctor: faults of a config, its weights and its data that would cost a run and raise no error by themselves."""
+"""The config doctor: faults of a config, its weights and its data that cost a run and raise no error themselves."""
 
 import functools
 import logging
@@ -257,8 +257,8 @@ def _learning_rate(cfg: CfgNode) -> list[Finding]:
         Finding(
             "warning",
             "SOLVER.BASE_LR",
-            f"{solver.BASE_LR:g} at SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is {solver.BASE_LR / rule:.2g} times the "
-            f"recipe's ({base:g} for 16 images, in proportion)",
+            f"{solver.BASE_LR:g} at SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is {solver.BASE_LR / rule:.2g} times "
+            f"the recipe's ({base:g} for 16 images, in proportion)",
             f"set SOLVER.BASE_LR {rule:g}, and MAX_ITER and STEPS for as many epochs",
         )
     ]
@@ -276,7 +276,7 @@ def _dataset(name: str) -> list[Finding]:
 
 @functools.lru_cache(maxsize=8)
 def _dataset_faults(json_file: str, image_root: str, time: int, size: int) -> list[tuple[str, str, str]]:
-    """Faults of a data set as (severity, problem, remedy); ``time`` and ``size`` tell one state of the file from another."""
+    """Faults of a data set as (severity, problem, remedy); ``time`` and ``size`` tell states of the file apart."""
     try:
         coco = hotcoco.COCO(json_file)
         health = coco.healthcheck()
@@ -361,7 +361,7 @@ def _coverage(cfg: CfgNode, source: Source, fit: Coverage) -> list[Finding]:
                 "error",
                 "MODEL.WEIGHTS",
                 f"{path} fills {total - len(lacking)} of the {total} tensors of the backbone ({lacking[0]}: {shapes})",
-                "name the weights of this model, or set the config to theirs (MODEL.RESNETS.DEPTH and NORM for instance)",
+                "name the weights of this model, or set the config to theirs (MODEL.RESNETS.DEPTH, NORM)",
             )
         ]
     heads = [key for key in fit.unfilled if not in_backbone(key)]
@@ -406,8 +406,8 @@ def _frozen(cfg: CfgNode, sge: dict[str, torch.Tensor] | None) -> list[Finding]:
         Finding(
             "warning",
             "MODEL.BACKBONE.FREEZE_AT",
-            f"{freeze_at} freezes the SGE of {' and '.join(frozen)}, which {cfg.MODEL.WEIGHTS} has not trained: its gates "
-            "stay constant",
+            f"{freeze_at} freezes the SGE of {' and '.join(frozen)}, which {cfg.MODEL.WEIGHTS} has not trained: its "
+            "gates stay constant",
             "set it to 1, or take SGE weights",
         )
     ]

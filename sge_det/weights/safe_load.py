@@ -113,7 +113,8 @@ def load_torch(file: Any) -> Any:
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|function|type|class) ([\w.]+\.[\w.]+)", str(error))
         if found is None:
-            raise
+            # torch's own text advises to read the file without this guard
+            raise pickle.UnpicklingError("it is no file that torch.save wrote") from error
         name = getattr(file, "name", file)
         raise UserError(
             f"{name} is refused: to read it would call {found[1]}, and weights need no such thing"
