@@ -1,0 +1,69 @@
+"""Times SGE: the layer beside its rivals, or a detector beside its plain twin. Tables are Markdown.
+
+benchmark.py layer
+benchmark.py layer --shapes 2,256,100,152 1,2048,25,38 --rounds 50 --json layer.json
+benchmark.py model --config-file configs/COCO-Detection/faster_rcnn_SGE_R_50_FPN_1x.yaml --json model.json
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from sge_det import benchmark
+from sge_det.config import load_config
+from sge_det.errors import UserError, user_errors
+from sge_det.gain.files import write_json
+
+
+def parser() -> argparse.ArgumentParser:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    common.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    common.add_argument("--rounds", type=int, metavar="N", help="times that each is timed (layer 31, model 7)")
+    commands = arguments.add_subparsers(dest="command", required=True)
+    layer = commands.add_parser("layer", parents=[common], help="block tails, on the CPU")
+    layer.add_argument("--shapes", type=shape, nargs="+", metavar="N,C,H,W", help="default: R-50's stages, two batches")
+    layer.add_argument("--quick", action="store_true", help="two small shapes, few rounds")
+    model = commands.add_parser("model", parents=[common], help="a detector with random weights")
+    model.add_argument("--config-file", required=True, metavar="FILE", help="the detector with SGE")
+    model.add_argument("--images", type=int, default=1, metavar="N", help="images in a batch (default %(default)s)")
+    model.add_argument("--size", type=int, nargs=2, default=(800, 1216), metavar=("H", "W"), help="of the images, px")
+    model.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
+    return arguments
+
+
+def shape(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
+@user_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    for name in ("threads", "rounds", "images"):
+        value = getattr(args, name, None)
+        if value is not None and value < (2 if name == "rounds" else 1):
+            raise UserError(f"--{name} {value} is too few")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.command == "layer":
+        shapes = args.shapes or (benchmark.QUICK_SHAPES if args.quick else benchmark.SHAPES)
+        result = benchmark.benchmark_layer(shapes, args.rounds or (7 if args.quick else 31))
+        print(benchmark.layer_report(result))
+    else:
+        overrides = args.opts if "MODEL.DEVICE" in args.opts else [*args.opts, "MODEL.DEVICE", default_device()]
+        cfg = load_config(args.config_file, overrides)
+        result = benchmark.benchmark_model(cfg, args.rounds or 7, args.images, tuple(args.size))
+        print(benchmark.model_report(result))
+    if args.json:
+        write_json(args.json, result)
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+if __name__ == "__main__":
+    main()
