@@ -19,6 +19,7 @@ from sge_det.gain.matrix import Run
 CONFIG = "sample/faster_rcnn_SGE_R_50_FPN.yaml"
 SCHEDULE = [
     *("SOLVER.MAX_ITER", "8", "SOLVER.CHECKPOINT_PERIOD", "2", "TEST.EVAL_PERIOD", "4"),
+    *("SOLVER.BASE_LR", "0.02"),
     # so few iterations teach nothing: detections all the same, to compare
     *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "TEST.DETECTIONS_PER_IMAGE", "5"),
 ]

@@ -379,9 +379,10 @@ class _Process:
         raise RunFailed(f"{self.run.name} {what}; its log is {self.run.log}, which ends with: {last}")
 
     def stop(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        if self.process.poll() is None:  # otherwise its number may be another process's by now
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
         self._release()
 
     def _release(self) -> None:

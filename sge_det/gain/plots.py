@@ -51,7 +51,16 @@ def forest(report: dict) -> bytes:
                 y = row - 0.4 + step * (number + 0.5)
                 if math.isnan(difference["mean"]):
                     if number == 0:
-                        ax.text(0, row, "absent", va="center", ha="center", color="#777777", style="italic")
+                        ax.text(
+                            0,
+                            row,
+                            "absent",
+                            va="center",
+                            ha="center",
+                            color="#777777",
+                            style="italic",
+                            backgroundcolor="white",
+                        )
                     continue
                 low, high = interval(report, difference)
                 if not math.isnan(low):
