@@ -152,7 +152,11 @@ def test_other_runs_are_refused(finished, sample_datasets, tmp_path, monkeypatch
     [
         (["OUTPUT_DIR", "x"], {}, "--output"),
         (["SEED", "1"], {}, "--seeds"),
-        (["DATASETS.TEST", "('tiny_val', 'tiny_train')"], {}, "one validation set"),
+        (
+            ["DATASETS.TRAIN", "('tiny_train',)", "DATASETS.TEST", "('tiny_val', 'tiny_train')"],
+            {},
+            "one validation set",
+        ),
         ([], {"seeds": []}, "at least one seed"),
         ([], {"seeds": [1, 1]}, "different numbers"),
         ([], {"arm_names": ["plain", "x"]}, "there is no arm x"),
