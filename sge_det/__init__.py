@@ -1,5 +1,6 @@
 """Spatial Group-wise Enhance for Detectron2. Importing the package registers its backbones."""
 
+from .attention import record_gates
 from .config import add_sge_config, get_config, get_config_file
 from .data import register_sample
 from .errors import UserError
@@ -29,6 +30,7 @@ __all__ = [
     "build_sge_resnet_fpn_backbone",
     "get_config",
     "get_config_file",
+    "record_gates",
     "scale_sge_lr",
 ]
 

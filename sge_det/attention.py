@@ -1,13 +1,124 @@
-"""What the gates of an SGE detector do."""
+"""What the gates of an SGE detector do: recorded in any forward pass, summed up over images, logged in training."""
 
+import contextlib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
+from detectron2.engine import HookBase
 from torch import Tensor, nn
 
+from .errors import UserError
 from .layer import SpatialGroupEnhance
+
+
+def sge_layers(model: nn.Module) -> dict[str, SpatialGroupEnhance]:
+    """The SGE layers of ``model`` by name, in the order in which they were built; empty for a model without SGE."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SpatialGroupEnhance)}
+
+
+def stage_of(name: str) -> str:
+    """The stage of a layer, "res2" ... "res5", by its name; "all" for a layer outside of a ResNet."""
+    match = re.search(r"res\d", name)
+    return match[0] if match else "all"
+
+
+def blocks(model: nn.Module) -> dict[str, str]:
+    """The short names of the SGE layers of ``model``: ``{"backbone.bottom_up.res5.2.sge": "res5.2", ...}``.
+
+    The number counts the SGE layers of the stage.
+    """
+    counts: dict[str, int] = {}
+    labels = {}
+    for name in sge_layers(model):
+        stage = stage_of(name)
+        counts[stage] = counts.get(stage, -1) + 1
+        labels[name] = f"{stage}.{counts[stage]}"
+    return labels
+
+
+def find_layer(model: nn.Module, stage: str, block: int = -1) -> str:
+    """The name of an SGE layer.
+
+    Args:
+        stage: "res2" ... "res5".
+        block: its place in the stage; negative numbers count from the end.
+
+    Raises:
+        UserError: there is no such stage or block, names those that there are; or the model has no SGE.
+    """
+    stages: dict[str, list[str]] = {}
+    for name in _required_layers(model):
+        stages.setdefault(stage_of(name), []).append(name)
+    if stage not in stages:
+        raise UserError(f"the model has no SGE in {stage!r}: it has in {', '.join(stages)}")
+    names = stages[stage]
+    if not -len(names) <= block < len(names):
+        raise UserError(
+            f"{stage} has no block {block}: its {len(names)} blocks with SGE are 0 to {len(names) - 1}, or -1 to "
+            f"-{len(names)} from the end"
+        )
+    return names[block]
+
+
+@contextlib.contextmanager
+def observe(model: nn.Module, see: Callable[[str, SpatialGroupEnhance, Tensor], None]) -> Iterator[None]:
+    """Calls ``see(name, layer, x)`` before each call of an SGE layer of ``model``, without gradients.
+
+    ``x`` is the layer's input (N, C, H, W); it may be overwritten after ``see`` returns.
+    """
+
+    def hook(name: str):
+        def before(layer: SpatialGroupEnhance, args: tuple, kwargs: dict) -> None:
+            with torch.no_grad():
+                see(name, layer, args[0] if args else kwargs["x"])
+
+        return before
+
+    handles = [
+        layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in sge_layers(model).items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def record_gates(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Records the gates (eq. 5's sigmoid) of the forward passes within it; costs nothing outside of it.
+
+        with sge_det.record_gates(model) as gates:
+            model(inputs)
+        gates["backbone.bottom_up.res5.2.sge"]  # (N, G, H, W), in 0-1
+
+    Yields:
+        a dict that the forward passes fill: layer name to gates (N, G, H, W), float32 (float64 for float64 input), on
+        the layer's device and without gradient. A layer that is called again replaces its gates.
+
+    Raises:
+        UserError: the model has no SGE.
+    """
+    _required_layers(model)
+    gates: dict[str, Tensor] = {}
+
+    def see(name: str, layer: SpatialGroupEnhance, x: Tensor) -> None:
+        gates[name] = layer.gates(x)
+
+    with observe(model, see):
+        yield gates
+
+
+def _required_layers(model: nn.Module) -> dict[str, SpatialGroupEnhance]:
+    layers = sge_layers(model)
+    if not layers:
+        raise UserError(
+            "the model has no SGE, so there are no gates: give a config whose MODEL.SGE.ENABLED is True and whose "
+            'MODEL.SGE.ATTENTION is "sge"'
+        )
+    return layers
 
 
 class _Moments:
@@ -31,12 +142,56 @@ class _Moments:
         return math.sqrt(max(self.squares / self.count - self.mean**2, 0.0)) if self.count else math.nan
 
 
-def gate_statistics(model: nn.Module, loader: Iterable[list[dict]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Mean and spread of SGE's parameters and gates over images, for each stage.
+class GateStatistics:
+    """Mean and spread of SGE's parameters and gates, summed up over forward passes.
+
+    Args:
+        layers: SGE layers by name.
+        key: maps a layer's name to what it is counted under; its stage by default.
+    """
+
+    def __init__(self, layers: dict[str, SpatialGroupEnhance], key: Callable[[str], str] = stage_of):
+        self.layers, self.key = layers, key
+        self._gates = {key(name): _Moments() for name in layers}
+        self._variances = {key(name): _Moments() for name in layers}
+
+    def see(self, name: str, layer: SpatialGroupEnhance, x: Tensor) -> None:
+        """Counts the gates of a layer for its input ``x`` (N, C, H, W); for :func:`observe`."""
+        gates = layer.gates(x)
+        self._gates[self.key(name)].add(gates)
+        self._variances[self.key(name)].add(gates.double().var((2, 3), unbiased=False))
+
+    def summary(self) -> dict[str, dict[str, dict[str, float]]]:
+        """What was counted, as :func:`gate_statistics` returns it."""
+        result = {}
+        for key, gates in self._gates.items():
+            gamma, beta = _Moments(), _Moments()
+            for name, layer in self.layers.items():
+                if self.key(name) == key:
+                    gamma.add(layer.weight.detach())
+                    beta.add(layer.bias.detach())
+            variances = self._variances[key]
+            result[key] = {
+                "gamma": {"mean": gamma.mean, "sd": gamma.sd},
+                "beta": {"mean": beta.mean, "sd": beta.sd},
+                "gate": {
+                    "mean": gates.mean,
+                    "sd": gates.sd,
+                    "spatial_sd": math.sqrt(variances.mean) if variances.count else math.nan,
+                },
+            }
+        return result
+
+
+def gate_statistics(
+    model: nn.Module, loader: Iterable[list[dict]], *, per_block: bool = False
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Mean and spread of SGE's parameters and gates over images, for each stage or block.
 
     Args:
         model: a Detectron2 detector; its backbone runs on the images, in evaluation mode.
         loader: batches as Detectron2's test loaders give them.
+        per_block: for each block ("res2.0", "res2.1", ...) instead of for each stage.
 
     Returns:
         ``{"res2": {"gamma": {"mean", "sd"}, "beta": {"mean", "sd"}, "gate": {"mean", "sd", "spatial_sd"}}, ...}``,
@@ -44,46 +199,57 @@ def gate_statistics(model: nn.Module, loader: Iterable[list[dict]]) -> dict[str,
         ``spatial_sd`` is the root of the mean variance within a map, i.e. what depends on the position: 0 where the
         gates are a mere scaling of the channels.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, SpatialGroupEnhance)}
+    layers = sge_layers(model)
     if not layers:
         return {}
-    stages = {name: match[0] if (match := re.search(r"res\d", name)) else "all" for name in layers}
-    gates = {stage: _Moments() for stage in stages.values()}
-    variances = {stage: _Moments() for stage in stages.values()}
-    gamma = {stage: _Moments() for stage in stages.values()}
-    beta = {stage: _Moments() for stage in stages.values()}
-    for name, layer in layers.items():
-        gamma[stages[name]].add(layer.weight.detach())
-        beta[stages[name]].add(layer.bias.detach())
+    statistics = GateStatistics(layers, blocks(model).__getitem__ if per_block else stage_of)
+    with observe(model, statistics.see), evaluating(model):
+        for batch in loader:
+            model.backbone(model.preprocess_image(batch).tensor)
+    return statistics.summary()
 
-    def hook(stage: str):
-        def record(layer: SpatialGroupEnhance, inputs: tuple) -> None:
-            values = layer.gates(inputs[0])
-            gates[stage].add(values)
-            variances[stage].add(values.double().var((2, 3), unbiased=False))
 
-        return record
-
-    handles = [layer.register_forward_pre_hook(hook(stages[name])) for name, layer in layers.items()]
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts ``model`` into evaluation mode, without gradients, and back."""
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            for batch in loader:
-                model.backbone(model.preprocess_image(batch).tensor)
+            yield
     finally:
         model.train(training)
-        for handle in handles:
-            handle.remove()
-    return {
-        stage: {
-            "gamma": {"mean": gamma[stage].mean, "sd": gamma[stage].sd},
-            "beta": {"mean": beta[stage].mean, "sd": beta[stage].sd},
-            "gate": {
-                "mean": gates[stage].mean,
-                "sd": gates[stage].sd,
-                "spatial_sd": math.sqrt(variances[stage].mean) if variances[stage].count else math.nan,
-            },
-        }
-        for stage in sorted(set(stages.values()))
-    }
+
+
+class GateWriter(HookBase):
+    """Logs gate statistics of each stage, of the training batch at hand, among Detectron2's scalars.
+
+    The names are "sge/res5_gate_mean", "..._gate_sd", "..._gate_spatial_sd", "..._gamma_mean", "..._gamma_sd",
+    "..._beta_mean" and "..._beta_sd"; their meaning is that in :func:`gate_statistics`. They read what the iteration
+    computes and change nothing in it.
+
+    Args:
+        model: the trained model.
+        period: iterations between two records.
+    """
+
+    def __init__(self, model: nn.Module, period: int):
+        self.model, self.period = model, period
+        self._observation = contextlib.ExitStack()
+
+    def before_step(self) -> None:
+        if (self.trainer.iter + 1) % self.period == 0:
+            self._statistics = GateStatistics(sge_layers(self.model))
+            self._observation.enter_context(observe(self.model, self._statistics.see))
+
+    def after_step(self) -> None:
+        if (self.trainer.iter + 1) % self.period:
+            return
+        self._observation.close()
+        for stage, found in self._statistics.summary().items():
+            for what, numbers in found.items():
+                for name, value in numbers.items():
+                    self.trainer.storage.put_scalar(f"sge/{stage}_{what}_{name}", value, smoothing_hint=False)
+
+    def after_train(self) -> None:
+        self._observation.close()

@@ -35,6 +35,8 @@ def _default_options() -> CfgNode:
     options.INIT = [0.0, 1.0]
     # What stands in that place: "sge", or a rival from timm: "se", "eca", "cbam".
     options.ATTENTION = "sge"
+    # Training logs the gates' statistics every so many iterations; 0 turns it off.
+    options.LOG_PERIOD = 200
     return options
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, create_ddp_model, default_argument_parser
+from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, default_argument_parser
 from detectron2.engine import launch as launch_processes
 from detectron2.engine.train_loop import AMPTrainer, SimpleTrainer, TrainerBase
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 
 from . import doctor
+from .attention import GateWriter, sge_layers
 from .checkpoint import Checkpointer
 from .config import load_config, sge_options
 from .data import ReplayableLoader, build_train_loader, use_datasets
@@ -161,6 +162,14 @@ class Trainer(DefaultTrainer):
     def run_step(self) -> None:
         torch.manual_seed((self.seed * 1_000_003 + self.iter) * comm.get_world_size() + comm.get_rank())
         super().run_step()
+
+    def build_hooks(self) -> list[HookBase]:
+        hooks = super().build_hooks()
+        period = sge_options(self.cfg).LOG_PERIOD
+        if period > 0 and comm.is_main_process() and sge_layers(self.model):
+            # before the evaluation, which would count as well, and before the writers, which come last
+            hooks.insert(0, GateWriter(self.model, period))
+        return hooks
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> torch.nn.Module:

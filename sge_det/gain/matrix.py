@@ -31,7 +31,10 @@ from .run import RESULT_FILE, import_modules
 
 FINGERPRINT_FILE = "fingerprint.json"
 # They say where and how fast a run goes, not what comes out of it.
-_FREE_KEYS = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD", "VIS_PERIOD")
+_FREE_KEYS = (
+    *("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD", "VIS_PERIOD"),
+    "MODEL.SGE.LOG_PERIOD",
+)
 # Points of the AP learning curve, where the config does not say how often to evaluate.
 _EVALUATIONS = 4
 _POLL_SECONDS = 0.5
