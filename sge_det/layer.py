@@ -60,9 +60,7 @@ class SpatialGroupEnhance(nn.Module):
         """
         self._check(x, shortcut)
         if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
-            gates = self._plain_gates(x).to(x.dtype).unsqueeze(2)
-            y = (x.unflatten(1, (self.groups, -1)) * gates).flatten(1, 2)
-            return y if shortcut is None else torch.relu(y + shortcut)
+            return self._plain(x, shortcut)
         return self._eager(x, shortcut, inplace)
 
     def residual(self, x: Tensor, shortcut: Tensor, inplace: bool = False) -> Tensor:
@@ -90,6 +88,11 @@ class SpatialGroupEnhance(nn.Module):
         if shortcut is not None and shortcut.shape != x.shape:
             raise ValueError(f"the shortcut has the shape {shortcut.shape}, the input {x.shape}")
 
+    def _plain(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
+        gates = self._plain_gates(x).to(x.dtype).unsqueeze(2)
+        y = (x.unflatten(1, (self.groups, -1)) * gates).flatten(1, 2)
+        return y if shortcut is None else torch.relu(y + shortcut)
+
     def _plain_gates(self, x: Tensor) -> Tensor:
         # Operators only, no Python number from a shape: traces stay valid for other sizes. A product and a sum, not a
         # matmul, since autocast would take a matmul to half precision.
@@ -107,6 +110,8 @@ class SpatialGroupEnhance(nn.Module):
 
     @torch.jit.unused
     def _eager(self, x: Tensor, shortcut: Tensor | None, inplace: bool) -> Tensor:
+        if any(isinstance(size, torch.SymInt) for size in x.shape):  # the number of blocks would be fixed in the graph
+            return self._plain(x, shortcut)
         if shortcut is not None and shortcut.dtype != x.dtype:
             dtype = torch.promote_types(x.dtype, shortcut.dtype)
             x, shortcut = x.to(dtype), shortcut.to(dtype)
@@ -248,7 +253,9 @@ def _blocks(groups: int, *tensors: Tensor | None) -> list[tuple[Tensor | None, .
     shape = (rows, channels // groups, height * width)
     step = rows
     if x.device.type == "cpu":
-        step = _BLOCK_BYTES // max(x.element_size() * shape[1] * shape[2], 1) or 1
+        fitting = _BLOCK_BYTES // max(x.element_size() * shape[1] * shape[2], 1)
+        # A block's gate map, 1 / shape[1] of it, should stay below a tenth of the activation.
+        step = max(min(fitting, rows * shape[1] // 12), 1)
 
     def cut(tensor: Tensor | None):
         if tensor is None:
