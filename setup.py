@@ -38,7 +38,7 @@ setup(
         "filelock",
         "fvcore>=0.1.5",
         "hotcoco>=1.3",
-        "matplotlib",
+        "matplotlib>=3.6",
         "pycocotools>=2.0.2",
         "safetensors",
         "scipy",

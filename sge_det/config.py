@@ -10,14 +10,17 @@ from .errors import UserError
 
 STAGES = ("res2", "res3", "res4", "res5")
 ATTENTIONS = ("sge", "se", "eca", "cbam")
+OPTIMIZERS = ("SGD", "ADAMW")
 
 # In a wheel the configs lie in the package, in a checkout beside it.
 _CONFIG_DIRS = [folder / "configs" for folder in (Path(__file__).parent, Path(__file__).parent.parent)]
 
 
 def add_sge_config(cfg: CfgNode) -> None:
-    """Adds the ``MODEL.SGE`` keys, with their defaults, to a Detectron2 config."""
+    """Adds the ``MODEL.SGE`` keys and ``SOLVER.OPTIMIZER``, with their defaults, to a Detectron2 config."""
     cfg.MODEL.SGE = _default_options()
+    # "SGD", as everywhere in Detectron2, or "ADAMW"; BASE_LR, the decays and the clipping serve both.
+    cfg.SOLVER.OPTIMIZER = OPTIMIZERS[0]
 
 
 def _default_options() -> CfgNode:
@@ -55,6 +58,18 @@ def sge_options(cfg: CfgNode) -> CfgNode:
     if len(options.INIT) != 2 or not all(isinstance(value, int | float) for value in options.INIT):
         raise UserError(f"MODEL.SGE.INIT must be two numbers, weight and bias; got {options.INIT}")
     return options
+
+
+def optimizer_name(cfg: CfgNode) -> str:
+    """``cfg.SOLVER.OPTIMIZER``, "SGD" in a config that never heard of it.
+
+    Raises:
+        UserError: an optimizer that does not exist.
+    """
+    name = cfg.SOLVER.get("OPTIMIZER", OPTIMIZERS[0])
+    if name not in OPTIMIZERS:
+        raise UserError(f"SOLVER.OPTIMIZER {name!r} is not one of {', '.join(OPTIMIZERS)}")
+    return name
 
 
 def get_config_file(name: str) -> str:
@@ -111,6 +126,7 @@ def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> CfgNo
         raise UserError(f"{path}: {_config_error(cfg, error)}") from error
     merge_overrides(cfg, overrides)
     sge_options(cfg)
+    optimizer_name(cfg)
     return cfg
 
 

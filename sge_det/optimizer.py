@@ -3,18 +3,22 @@
 import torch
 from detectron2.config import CfgNode
 from detectron2.solver import build_optimizer as build_plain_optimizer
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch import nn
 
-from .config import sge_options
+from .config import optimizer_name, sge_options
 from .layer import SpatialGroupEnhance
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """Detectron2's ``build_optimizer``, honouring two more things.
+    """Detectron2's ``build_optimizer``, honouring three more things.
 
-    ``MODEL.SGE.LR_FACTOR``, through :func:`scale_sge_lr`; and ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE "full_model"``, which
+    ``MODEL.SGE.LR_FACTOR``, through :func:`scale_sge_lr`; ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE "full_model"``, which
     clips the norm of the gradient of all parameters together, as the release does: Detectron2's own types clip each
-    parameter by itself.
+    parameter by itself; and ``SOLVER.OPTIMIZER``, "SGD" or "ADAMW".
+
+    Raises:
+        UserError: there is no such optimizer.
     """
     clip = cfg.SOLVER.CLIP_GRADIENTS
     whole = clip.ENABLED and clip.CLIP_TYPE == "full_model"
@@ -22,11 +26,23 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         cfg = cfg.clone()
         cfg.defrost()
         cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
-    optimizer = build_plain_optimizer(cfg, model)
+    optimizer = build_plain_optimizer(cfg, model) if optimizer_name(cfg) == "SGD" else _build_adamw(cfg, model)
     if whole:
         clip_whole_gradient(optimizer, clip.CLIP_VALUE, clip.NORM_TYPE)
     scale_sge_lr(optimizer, model, sge_options(cfg).LR_FACTOR)
     return optimizer
+
+
+def _build_adamw(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    groups = get_default_optimizer_params(
+        model,
+        base_lr=cfg.SOLVER.BASE_LR,
+        weight_decay=cfg.SOLVER.WEIGHT_DECAY,
+        weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+        bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+        weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+    )
+    return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(groups, lr=cfg.SOLVER.BASE_LR)
 
 
 def clip_whole_gradient(optimizer: torch.optim.Optimizer, max_norm: float, norm_type: float = 2.0) -> None:

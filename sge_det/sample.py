@@ -27,7 +27,7 @@ from tqdm import tqdm
 from sge_det.errors import UserError
 
 SPLITS = ("train", "val")
-_FORMAT = 1  # Raised whenever the same arguments would draw something else.
+_FORMAT = 2  # Raised whenever the same arguments would draw something else.
 _NATIVE_SIZE = 192  # The longer image side, in pixels, at which the object areas below hold.
 _SUPERSAMPLING = 3
 _EMPTY_EVERY = 20  # One image in 20 has no object, and one in 20 has a crowd.
@@ -448,8 +448,8 @@ def _scene(rng: np.random.Generator, size: int, index: int) -> tuple[np.ndarray,
     sides: list[float] = []
     if index % _EMPTY_EVERY != 8:
         sides += list(rng.uniform(106, 126, int(rng.random() < 0.86)))
-        sides += list(rng.uniform(34, 80, rng.integers(0, 3)))
-        sides += list(rng.uniform(13, 29, rng.integers(0 if sides else 1, 3 if sides else 4)))
+        sides += list(rng.uniform(36, 84, rng.integers(0, 3)))
+        sides += list(rng.uniform(16, 29, rng.integers(0, 2) if sides else rng.integers(1, 3)))
     if index % _EMPTY_EVERY == 16:
         name = names[rng.integers(len(names))]
         _place(rng, pixels, objects, _crowd_patch(rng, _KINDS[name], unit), name, True)

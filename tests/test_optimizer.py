@@ -1,5 +1,6 @@
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.solver import build_lr_scheduler
 from torch import nn
 
@@ -18,9 +19,12 @@ def rate(optimizer, parameter):
     return group["lr"]
 
 
+@pytest.mark.parametrize("name", ["SGD", "ADAMW"])
 @pytest.mark.parametrize("factor", [1.0, 10.0, 0.0])
-def test_lr_factor_is_that_of_sge_parameters_alone(factor):
-    cfg = sge_det.get_config("sample/faster_rcnn_SGE_R_50_FPN.yaml", ["MODEL.SGE.LR_FACTOR", str(factor)])
+def test_lr_factor_is_that_of_sge_parameters_alone(factor, name):
+    cfg = sge_det.get_config(
+        "sample/faster_rcnn_SGE_R_50_FPN.yaml", ["MODEL.SGE.LR_FACTOR", str(factor), "SOLVER.OPTIMIZER", name]
+    )
     net = Net()
     optimizer = build_optimizer(cfg, net)
     base = cfg.SOLVER.BASE_LR
@@ -35,7 +39,10 @@ def test_lr_factor_is_that_of_sge_parameters_alone(factor):
 def test_scheduler_and_weight_decay_keep_the_factor():
     cfg = sge_det.get_config(
         "sample/faster_rcnn_SGE_R_50_FPN.yaml",
-        ["MODEL.SGE.LR_FACTOR", "5.0", "SOLVER.WARMUP_ITERS", "0", "SOLVER.STEPS", "(1,)", "SOLVER.MAX_ITER", "3"],
+        [
+            *("MODEL.SGE.LR_FACTOR", "5.0", "SOLVER.WARMUP_ITERS", "0", "SOLVER.STEPS", "(1,)", "SOLVER.MAX_ITER", "3"),
+            *("SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR"),
+        ],
     )
     net = Net()
     optimizer = build_optimizer(cfg, net)
@@ -48,6 +55,41 @@ def test_scheduler_and_weight_decay_keep_the_factor():
     # SGE is no norm: it decays as convolutions do
     assert decay[id(net[2].weight)] == cfg.SOLVER.WEIGHT_DECAY
     assert decay[id(net[1].weight)] == cfg.SOLVER.WEIGHT_DECAY_NORM
+
+
+def test_adamw_steps_as_torchs_own_with_the_decays_of_the_config():
+    overrides = ["SOLVER.OPTIMIZER", "ADAMW", "SOLVER.WEIGHT_DECAY", "0.1", "SOLVER.WEIGHT_DECAY_NORM", "0.0"]
+    cfg = sge_det.get_config("sample/faster_rcnn_SGE_R_50_FPN.yaml", [*overrides, "SOLVER.BASE_LR", "0.01"])
+    net = Net()
+    optimizer = build_optimizer(cfg, net)
+    before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+    for parameter in net.parameters():
+        parameter.grad = torch.full_like(parameter, -3.0)
+    optimizer.step()
+    for name, parameter in net.named_parameters():
+        # the first step of Adam is lr * sign(gradient), and decay apart from it is lr * decay * weight (AdamW, eq. 12)
+        decay = 0.0 if name.startswith("1.") else 0.1
+        torch.testing.assert_close(parameter.detach(), before[name] * (1 - 0.01 * decay) + 0.01)
+
+
+def test_detectron2s_own_clipping_holds_for_adamw():
+    clip = [f"SOLVER.CLIP_GRADIENTS.{key}" for key in ("ENABLED", "CLIP_TYPE", "CLIP_VALUE")]
+    overrides = [clip[0], "True", clip[1], "value", clip[2], "0.5"]
+    net = Net()
+    optimizer = build_optimizer(sge_det.get_config("sample/faster_rcnn_SGE_R_50_FPN.yaml", overrides), net)
+    for parameter in net.parameters():
+        parameter.grad = torch.full_like(parameter, -3.0)
+    optimizer.step()
+    assert {value for parameter in net.parameters() for value in parameter.grad.flatten().tolist()} == {-0.5}
+
+
+def test_an_unknown_optimizer_is_named_with_those_that_there_are():
+    with pytest.raises(sge_det.UserError, match=r"SOLVER\.OPTIMIZER 'LION' is not one of SGD, ADAMW"):
+        sge_det.get_config("sample/faster_rcnn_SGE_R_50_FPN.yaml", ["SOLVER.OPTIMIZER", "LION"])
+
+
+def test_a_config_that_never_heard_of_the_key_gets_sgd():
+    assert isinstance(build_optimizer(get_cfg(), Net()), torch.optim.SGD)
 
 
 def test_any_optimizer_can_be_scaled():
