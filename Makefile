@@ -25,7 +25,7 @@ $(STAMP):
 demo: install  ## make sample data, train a plain and an SGE detector on it, print the gain
 	$(VENV)/bin/python tools/make_sample_coco.py datasets/sge_sample
 	$(VENV)/bin/python tools/measure_gain.py --config-file configs/sample/faster_rcnn_SGE_R_50_FPN.yaml \
-		--output output/demo --seeds 0
+		--output output/demo --seeds 0 --jobs 2
 
 test: install  ## run the tests
 	$(VENV)/bin/python -m pytest tests $(PYTEST_ARGS)

@@ -19,7 +19,6 @@ from sge_det.gain.matrix import Run
 CONFIG = "sample/faster_rcnn_SGE_R_50_FPN.yaml"
 SCHEDULE = [
     *("SOLVER.MAX_ITER", "8", "SOLVER.CHECKPOINT_PERIOD", "2", "TEST.EVAL_PERIOD", "4"),
-    *("SOLVER.BASE_LR", "0.02"),
     # so few iterations teach nothing: detections all the same, to compare
     *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "TEST.DETECTIONS_PER_IMAGE", "5"),
 ]
@@ -134,7 +133,7 @@ def test_finished_runs_are_kept(finished, sample_datasets, capsys):
 
 def test_other_runs_are_refused(finished, sample_datasets, tmp_path, monkeypatch):
     output = finished[0]
-    with pytest.raises(UserError, match=r"seed0 holds a run made with SOLVER.BASE_LR 0.02, this command has 0.01"):
+    with pytest.raises(UserError, match=r"seed0 holds a run made with SOLVER.BASE_LR 0.002, this command has 0.01"):
         matrix(output, sample_datasets, "SOLVER.BASE_LR", "0.01")
     name, file, images = sample_datasets[1]
     other = tmp_path / "other.json"
