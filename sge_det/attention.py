@@ -49,7 +49,7 @@ def find_layer(model: nn.Module, stage: str, block: int = -1) -> str:
         UserError: there is no such stage or block, names those that there are; or the model has no SGE.
     """
     stages: dict[str, list[str]] = {}
-    for name in _required_layers(model):
+    for name in required_layers(model):
         stages.setdefault(stage_of(name), []).append(name)
     if stage not in stages:
         raise UserError(f"the model has no SGE in {stage!r}: it has in {', '.join(stages)}")
@@ -101,7 +101,7 @@ def record_gates(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     Raises:
         UserError: the model has no SGE.
     """
-    _required_layers(model)
+    required_layers(model)
     gates: dict[str, Tensor] = {}
 
     def see(name: str, layer: SpatialGroupEnhance, x: Tensor) -> None:
@@ -111,7 +111,12 @@ def record_gates(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         yield gates
 
 
-def _required_layers(model: nn.Module) -> dict[str, SpatialGroupEnhance]:
+def required_layers(model: nn.Module) -> dict[str, SpatialGroupEnhance]:
+    """:func:`sge_layers` of a model that must have some.
+
+    Raises:
+        UserError: it has none.
+    """
     layers = sge_layers(model)
     if not layers:
         raise UserError(

@@ -42,7 +42,7 @@ def register_dataset(name: str, json_file: str, image_root: str) -> None:
     Raises:
         UserError: a file is missing or malformed.
     """
-    content = _read_annotations(json_file)
+    content = read_annotations(json_file)
     _check_annotations(json_file, content)
     if not Path(image_root).is_dir():
         raise UserError(f"data set {name}: there is no image folder {image_root}")
@@ -65,7 +65,12 @@ def missing_images(images: Sequence[dict], image_root: str) -> list[str]:
     return [image["file_name"] for image in images if not Path(image_root, image["file_name"]).is_file()]
 
 
-def _read_annotations(json_file: str) -> dict:
+def read_annotations(json_file: str) -> dict:
+    """Reads COCO instance annotations.
+
+    Raises:
+        UserError: there is no such file, it is no JSON, or it lacks a list that COCO's format has.
+    """
     try:
         content = json.loads(Path(json_file).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -176,7 +181,7 @@ def check_datasets(names: Sequence[str]) -> None:
 def _classes(name: str) -> list[str] | None:
     metadata = MetadataCatalog.get(name)
     if metadata.get("thing_classes") is None and metadata.get("json_file"):
-        categories = _read_annotations(metadata.json_file)["categories"]
+        categories = read_annotations(metadata.json_file)["categories"]
         metadata.thing_classes = [c["name"] for c in sorted(categories, key=lambda category: category["id"])]
     return metadata.get("thing_classes")
 

@@ -231,8 +231,17 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> OrderedDict:
     Raises:
         UserError: there are no weights, or they do not fill the model.
     """
+    return Trainer.test(cfg, load_model(cfg, resume=resume))
+
+
+def load_model(cfg: CfgNode, *, resume: bool = False) -> torch.nn.Module:
+    """The model of ``cfg`` with ``MODEL.WEIGHTS``, or with ``resume`` with the last checkpoint in ``OUTPUT_DIR``.
+
+    Raises:
+        UserError: there are no weights, or they do not fill the model.
+    """
     if not cfg.MODEL.WEIGHTS and not (resume and Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file()):
         raise UserError("there are no weights to evaluate: name them with MODEL.WEIGHTS FILE")
     model = build_seeded_model(cfg)
     Checkpointer(model, cfg.OUTPUT_DIR, whole_model=True).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    return Trainer.test(cfg, model)
+    return model
