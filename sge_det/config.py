@@ -36,6 +36,8 @@ def _default_options() -> CfgNode:
     options.LR_FACTOR = 1.0
     # Start values of weight (gamma) and bias (beta).
     options.INIT = [0.0, 1.0]
+    # Training starts from INIT even where MODEL.WEIGHTS holds SGE parameters.
+    options.RESET = False
     # What stands in that place: "sge", or a rival from timm: "se", "eca", "cbam".
     options.ATTENTION = "sge"
     # Training logs the gates' statistics every so many iterations; 0 turns it off.

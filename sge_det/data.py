@@ -1,17 +1,25 @@
 """Data sets by name or by file, and a training loader whose order depends on the seed alone."""
 
+import functools
 import itertools
 import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetFromList, DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetFromList,
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_test_loader,
+    get_detection_dataset_dicts,
+)
 from detectron2.data.datasets import register_coco_instances
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
@@ -31,13 +39,16 @@ def register_sample() -> None:
             register_coco_instances(name, {}, str(root / f"annotations/instances_{split}.json"), str(root / split))
 
 
-def register_dataset(name: str, json_file: str, image_root: str) -> None:
+def register_dataset(name: str, json_file: str, image_root: str) -> dict:
     """Registers a COCO-format detection set with Detectron2 after a look at its files.
 
     Args:
         name: its name in ``DATASETS.TRAIN`` and ``DATASETS.TEST``. A name that exists is taken over.
         json_file: COCO instance annotations.
         image_root: the folder to which the file names in ``json_file`` are relative.
+
+    Returns:
+        what ``json_file`` holds.
 
     Raises:
         UserError: a file is missing or malformed.
@@ -58,6 +69,7 @@ def register_dataset(name: str, json_file: str, image_root: str) -> None:
     register_coco_instances(name, {}, json_file, image_root)
     categories = sorted(content["categories"], key=lambda category: category["id"])
     MetadataCatalog.get(name).set(thing_classes=[category["name"] for category in categories])
+    return content
 
 
 def missing_images(images: Sequence[dict], image_root: str) -> list[str]:
@@ -91,9 +103,14 @@ def read_annotations(json_file: str) -> dict:
 def _check_annotations(json_file: str, content: dict) -> None:
     def ids(key: str, fields: Sequence[str]) -> set:
         for entry in content[key]:
+            if not isinstance(entry, dict):
+                raise UserError(f"{json_file}: an entry of {key} is no object with names and values: {str(entry)[:80]}")
             lacking = [field for field in ("id", *fields) if field not in entry]
             if lacking:
                 raise UserError(f"{json_file}: an entry of {key} lacks {lacking[0]!r}: {str(entry)[:80]}")
+        wrong = [entry["id"] for entry in content[key] if not isinstance(entry["id"], int)]
+        if wrong:
+            raise UserError(f"{json_file}: an id of {key} is {wrong[0]!r}: ids are whole numbers")
         found = {entry["id"] for entry in content[key]}
         if len(found) < len(content[key]):
             raise UserError(f"{json_file}: the ids of {key} are not unique")
@@ -104,13 +121,14 @@ def _check_annotations(json_file: str, content: dict) -> None:
     ids("annotations", ("image_id", "category_id", "bbox", "area"))
     for entry in content["annotations"]:
         where = f"{json_file}: annotation {entry['id']}"
-        if entry["image_id"] not in images:
+        if not isinstance(entry["image_id"], int) or entry["image_id"] not in images:
             raise UserError(f"{where} is of image {entry['image_id']}, which is not among the images")
-        if entry["category_id"] not in categories:
+        if not isinstance(entry["category_id"], int) or entry["category_id"] not in categories:
             raise UserError(f"{where} is of category {entry['category_id']}, which is not among the categories")
         box = entry["bbox"]
-        numbers = len(box) == 4 and all(isinstance(value, int | float) and math.isfinite(value) for value in box)
-        if not numbers or box[2] < 0 or box[3] < 0:
+        is_four = isinstance(box, list) and len(box) == 4
+        is_finite = is_four and all(isinstance(value, int | float) and math.isfinite(value) for value in box)
+        if not is_finite or box[2] < 0 or box[3] < 0:
             raise UserError(f"{where} has the box {box}; four finite numbers x, y, width, height are needed")
 
 
@@ -127,9 +145,8 @@ def use_datasets(
     Raises:
         UserError: a data set cannot be used, or ``NUM_CLASSES`` was set by hand to something else.
     """
-    for name, json_file, image_root in datasets:
-        register_dataset(name, json_file, image_root)
-    names = [name for name, _, _ in datasets]
+    contents = {name: register_dataset(name, json_file, image_root) for name, json_file, image_root in datasets}
+    names = list(contents)
     by_hand = set(overrides[::2])
     if names and not set(names) & {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}:
         train = tuple(name for name in names if "train" in name) or tuple(names[:1])
@@ -149,6 +166,23 @@ def use_datasets(
     number = cfg.MODEL[head].NUM_CLASSES
     if classes and len(classes) != number:
         raise UserError(f"{key} is {number}, but {used[0]} has {len(classes)} categories: set it to that")
+    for name in set(names) & set(used) if cfg.MODEL.MASK_ON else ():
+        entries = ((f"annotation {entry['id']} of {name}", entry) for entry in contents[name]["annotations"])
+        _check_masks(cfg, entries, are_trained=name in cfg.DATASETS.TRAIN and not eval_only)
+
+
+def _check_masks(cfg: CfgNode, entries: Iterable[tuple[str, dict]], *, are_trained: bool) -> None:
+    """Checks that objects, as (where, annotation), have masks of the kind that ``cfg`` reads."""
+    for where, entry in entries:
+        if entry.get("iscrowd"):
+            continue
+        if not entry.get("segmentation"):
+            raise UserError(
+                f"{where} has no mask, and this config is of a mask detector: set MODEL.MASK_ON False, or give the "
+                "annotations a segmentation"
+            )
+        if are_trained and cfg.INPUT.MASK_FORMAT == "polygon" and isinstance(entry["segmentation"], dict):
+            raise UserError(f"{where} has an RLE mask: set INPUT.MASK_FORMAT bitmask")
 
 
 def check_datasets(names: Sequence[str]) -> None:
@@ -182,7 +216,10 @@ def _classes(name: str) -> list[str] | None:
     metadata = MetadataCatalog.get(name)
     if metadata.get("thing_classes") is None and metadata.get("json_file"):
         categories = read_annotations(metadata.json_file)["categories"]
-        metadata.thing_classes = [c["name"] for c in sorted(categories, key=lambda category: category["id"])]
+        try:
+            metadata.thing_classes = [c["name"] for c in sorted(categories, key=lambda category: category["id"])]
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{metadata.json_file}: a category lacks its id or its name ({error!r})") from error
     return metadata.get("thing_classes")
 
 
@@ -196,6 +233,9 @@ def build_train_loader(cfg: CfgNode, seed: int) -> "ReplayableLoader":
         dicts = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     except AssertionError as error:
         raise UserError(f"DATASETS.TRAIN {cfg.DATASETS.TRAIN} holds no image with an object: {error}") from error
+    if cfg.MODEL.MASK_ON:
+        entries = ((f"an object in {d['file_name']}", entry) for d in dicts for entry in d["annotations"])
+        _check_masks(cfg, entries, are_trained=True)
     name = cfg.DATALOADER.SAMPLER_TRAIN
     if name == "TrainingSampler":
         sampler = TrainingSampler(len(dicts), seed=seed)
@@ -268,11 +308,39 @@ class ReplayableLoader:
             # else the loader's start would draw from the generator that the heads sample with
             generator=torch.Generator(),
         )
-        try:
-            yield from loader
-        except UserError as error:
-            # a worker's error arrives with its traceback as its text
-            raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
+        yield from _with_plain_errors(loader)
+
+
+def _with_plain_errors(loader: Iterable[list[dict]]) -> Iterator[list[dict]]:
+    try:
+        yield from loader
+    except UserError as error:
+        # a worker's error arrives with its traceback as its text
+        raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
+
+
+def build_test_loader(cfg: CfgNode, name: str, *, alone: bool = False) -> "EvaluationLoader":
+    """Detectron2's loader of a test set, which tells of an image that cannot be read as :func:`map_image` does.
+
+    Args:
+        alone: this process gets all images; otherwise its share of them.
+    """
+    mapper = functools.partial(map_image, DatasetMapper(cfg, is_train=False))
+    sampler = {"sampler": range(len(DatasetCatalog.get(name)))} if alone else {}
+    return EvaluationLoader(build_detection_test_loader(cfg, name, mapper=mapper, **sampler))
+
+
+class EvaluationLoader:
+    """Batches of ``loader``; the errors of its workers are one sentence."""
+
+    def __init__(self, loader: torch.utils.data.DataLoader):
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        return _with_plain_errors(self.loader)
 
 
 class _Batches:

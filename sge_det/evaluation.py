@@ -82,8 +82,10 @@ class HotcocoEvaluator(COCOEvaluator):
             for result in results:
                 result["category_id"] = dataset_ids[result["category_id"]]
         if self._output_dir:
-            with open(os.path.join(self._output_dir, "coco_instances_results.json"), "w") as file:
+            path = os.path.join(self._output_dir, "coco_instances_results.json")
+            with open(f"{path}.part", "w") as file:
                 json.dump(results, file)
+            os.replace(f"{path}.part", path)
         if not self._do_evaluation:
             logger.info("the data set has no annotations to evaluate against")
             return
@@ -110,12 +112,12 @@ class HotcocoEvaluator(COCOEvaluator):
         )
 
 
-def build_evaluator(cfg: CfgNode, dataset_name: str) -> HotcocoEvaluator:
+def build_evaluator(cfg: CfgNode, dataset_name: str, folder: str = "inference") -> HotcocoEvaluator:
     """The COCO evaluator (boxes, and masks and keypoints where the model has them).
 
-    It writes to ``OUTPUT_DIR/inference``, with several test sets to a folder for each in it.
+    It writes to ``folder`` in ``OUTPUT_DIR``, with several test sets to a folder for each in it.
     """
-    folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+    folder = os.path.join(cfg.OUTPUT_DIR, folder)
     if len(cfg.DATASETS.TEST) > 1:
         folder = os.path.join(folder, dataset_name)
     return HotcocoEvaluator(

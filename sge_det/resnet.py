@@ -4,7 +4,7 @@ Place (paper, section 3; release): last convolution -> its norm -> SGE -> add th
 attention is Detectron2's own block: the same parameters under the same names, the same function.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -106,11 +106,18 @@ def build_attention(cfg: CfgNode, stage: str, channels: int) -> Attention | None
 
     def build(channels: int) -> SpatialGroupEnhance:
         layer = SpatialGroupEnhance(options.GROUPS)
-        nn.init.constant_(layer.weight, options.INIT[0])
-        nn.init.constant_(layer.bias, options.INIT[1])
+        start_sge(layer, options.INIT)
         return layer
 
     return Attention("sge", build)
+
+
+def start_sge(model: nn.Module, init: Sequence[float]) -> None:
+    """Sets weight and bias of all SGE layers of ``model`` to the two numbers of ``init`` (``MODEL.SGE.INIT``)."""
+    for layer in model.modules():
+        if isinstance(layer, SpatialGroupEnhance):
+            nn.init.constant_(layer.weight, init[0])
+            nn.init.constant_(layer.bias, init[1])
 
 
 def _timm_attention(kind: str, channels: int) -> nn.Module:

@@ -9,20 +9,23 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, default_argument_parser
+from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, default_argument_parser, default_setup
 from detectron2.engine import launch as launch_processes
 from detectron2.engine.train_loop import AMPTrainer, SimpleTrainer, TrainerBase
-from detectron2.modeling import build_model
+from detectron2.evaluation import verify_results
+from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 from . import doctor
 from .attention import GateWriter, sge_layers
 from .checkpoint import Checkpointer
 from .config import load_config, sge_options
-from .data import ReplayableLoader, build_train_loader, use_datasets
+from .data import EvaluationLoader, ReplayableLoader, build_test_loader, build_train_loader, use_datasets
 from .errors import UserError
 from .evaluation import build_evaluator
 from .optimizer import build_optimizer
+from .resnet import start_sge
 from .weights.sources import Recipe
 
 logger = logging.getLogger(__name__)
@@ -94,6 +97,22 @@ def setup_config(
     return cfg
 
 
+def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Freezes ``cfg`` and makes ``OUTPUT_DIR`` with its config and logs: Detectron2's ``default_setup``.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    cfg.freeze()
+    try:
+        default_setup(cfg, args)
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="sge_det")
+    except OSError as error:
+        raise UserError(
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written ({error.strerror or error}): name another"
+        ) from error
+
+
 def plain_twin(cfg: CfgNode) -> CfgNode:
     """A copy of ``cfg`` with ``MODEL.SGE.ENABLED`` off."""
     twin = cfg.clone()
@@ -158,6 +177,8 @@ class Trainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
         self.data_loader.start = self.start_iter
+        if self.start_iter == 0 and sge_options(self.cfg).RESET:
+            start_sge(self.model, sge_options(self.cfg).INIT)
 
     def run_step(self) -> None:
         torch.manual_seed((self.seed * 1_000_003 + self.iter) * comm.get_world_size() + comm.get_rank())
@@ -184,8 +205,20 @@ class Trainer(DefaultTrainer):
         return build_train_loader(cfg, max(cfg.SEED, 0))
 
     @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> EvaluationLoader:
+        return build_test_loader(cfg, dataset_name)
+
+    @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str):
         return build_evaluator(cfg, dataset_name)
+
+    @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model: torch.nn.Module) -> OrderedDict:
+        """The results with test-time augmentation, as "bbox_TTA" and so on; the name is Detectron2's."""
+        logger.info("evaluating with test-time augmentation")
+        evaluators = [build_evaluator(cfg, name, "inference_TTA") for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return OrderedDict({f"{key}_TTA": value for key, value in results.items()})
 
 
 def train(cfg: CfgNode, *, resume: bool = False) -> OrderedDict:
@@ -212,14 +245,17 @@ def train(cfg: CfgNode, *, resume: bool = False) -> OrderedDict:
             f"{cfg.OUTPUT_DIR} is already trained to iteration {trainer.start_iter}: raise SOLVER.MAX_ITER "
             f"({trainer.max_iter}) to train on. Evaluating it."
         )
-        return Trainer.test(cfg, trainer.model)
+        return _test(cfg, trainer.model)
     try:
         trainer.train()
     except FloatingPointError as error:
         raise UserError(
             f"the loss is no longer finite, lower SOLVER.BASE_LR ({cfg.SOLVER.BASE_LR}): {error}"
         ) from error
-    return getattr(trainer, "_last_eval_results", OrderedDict())
+    results = getattr(trainer, "_last_eval_results", OrderedDict())
+    if cfg.TEST.AUG.ENABLED:
+        results.update(Trainer.test_with_TTA(cfg, trainer.model))
+    return results
 
 
 def evaluate(cfg: CfgNode, *, resume: bool = False) -> OrderedDict:
@@ -231,7 +267,17 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> OrderedDict:
     Raises:
         UserError: there are no weights, or they do not fill the model.
     """
-    return Trainer.test(cfg, load_model(cfg, resume=resume))
+    results = _test(cfg, load_model(cfg, resume=resume))
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
+
+
+def _test(cfg: CfgNode, model: torch.nn.Module) -> OrderedDict:
+    results = Trainer.test(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        results.update(Trainer.test_with_TTA(cfg, model))
+    return results
 
 
 def load_model(cfg: CfgNode, *, resume: bool = False) -> torch.nn.Module:

@@ -8,7 +8,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.samplers import TrainingSampler
 
 import sge_det
-from sge_det.data import ReplayableLoader, build_train_loader, register_dataset
+from sge_det.data import ReplayableLoader, build_test_loader, build_train_loader, register_dataset
 from sge_det.training import setup_config
 
 CONFIG = "sample/faster_rcnn_SGE_R_50_FPN.yaml"
@@ -96,6 +96,10 @@ def change(content, key, **changes):
         (lambda c: change(c, "annotations", image_id=99), "image 99"),
         (lambda c: change(c, "annotations", bbox=[0, 0, float("nan"), 1]), "four finite numbers"),
         (lambda c: change(c, "annotations", bbox=[5, 5, -2, 1]), "four finite numbers"),
+        (lambda c: change(c, "annotations", bbox=None), "four finite numbers"),
+        (lambda c: change(c, "annotations", image_id=[1]), "image [1]"),
+        (lambda c: c["annotations"].append(7), "an entry of annotations is no object"),
+        (lambda c: change(c, "images", id="first"), "ids are whole numbers"),
         (lambda c: c["annotations"][0].pop("bbox"), "lacks 'bbox'"),
         (lambda c: c["images"].append(c["images"][0]), "ids of images are not unique"),
         (lambda c: change(c, "images", file_name="elsewhere.jpg"), "elsewhere.jpg"),
@@ -132,6 +136,66 @@ def test_an_unregistered_data_set_is_told(sample_datasets):
 def test_coco_that_is_not_there_names_the_variable(tmp_path):
     with pytest.raises(sge_det.UserError, match="DETECTRON2_DATASETS"):
         setup_config("COCO-Detection/faster_rcnn_SGE_R_50_FPN_1x.yaml", ["MODEL.WEIGHTS", ""])
+
+
+def with_changed_masks(sample, folder, segmentation):
+    """The sample's training set with the mask of its first object replaced; None: without any masks."""
+    content = json.loads((sample / "annotations/instances_train.json").read_text())
+    single = [entry for entry in content["annotations"] if not entry["iscrowd"]]
+    for entry in single[:1] if segmentation else single:
+        entry["segmentation"] = segmentation
+    (folder / "changed.json").write_text(json.dumps(content))
+    return "changed_train", str(folder / "changed.json"), str(sample / "train")
+
+
+RLE = {"size": [96, 96], "counts": [0, 96 * 96]}
+NO_MASK, RLE_MASK = "has no mask.*set MODEL.MASK_ON False", "has an RLE mask: set INPUT.MASK_FORMAT bitmask"
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "mask_format", "words"),
+    [(None, "bitmask", NO_MASK), (RLE, "polygon", RLE_MASK), (RLE, "bitmask", None)],
+)
+def test_masks_that_a_mask_detector_cannot_read_are_told(sample, tmp_path, segmentation, mask_format, words):
+    triple = with_changed_masks(sample, tmp_path, segmentation)
+    if mask_format == "polygon" or words is None:
+        # the sample has RLE masks of its own
+        content = json.loads((tmp_path / "changed.json").read_text())
+        content["annotations"] = [content["annotations"][0]]
+        (tmp_path / "changed.json").write_text(json.dumps(content))
+    overrides = ["INPUT.MASK_FORMAT", mask_format]
+    if words is None:
+        setup_config("sample/mask_rcnn_SGE_R_50_FPN.yaml", overrides, [triple])
+        return
+    with pytest.raises(sge_det.UserError, match=words):
+        setup_config("sample/mask_rcnn_SGE_R_50_FPN.yaml", overrides, [triple])
+    # a box detector reads no masks
+    cfg = setup_config(CONFIG, overrides, [triple])
+    # a set that was registered otherwise is seen when it is read
+    cfg.MODEL.MASK_ON = True
+    with pytest.raises(sge_det.UserError, match=words):
+        build_train_loader(cfg, 0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_validation_image_is_named(sample, tmp_path, workers):
+    content = json.loads((sample / "annotations/instances_val.json").read_text())
+    for image in content["images"]:
+        (tmp_path / image["file_name"]).write_bytes(b"\xff\xd8 not a picture")
+    triple = ("damaged_val", str(sample / "annotations/instances_val.json"), str(tmp_path))
+    cfg = setup_config(CONFIG, ["DATALOADER.NUM_WORKERS", str(workers)], [triple])
+    loader = build_test_loader(cfg, "damaged_val")
+    assert len(loader) == len(content["images"])
+    with pytest.raises(sge_det.UserError) as raised:
+        next(iter(loader))
+    assert str(raised.value).startswith(f"the image {tmp_path / content['images'][0]['file_name']} cannot be read")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_test_loader_alone_has_all_images(sample_datasets, monkeypatch):
+    cfg = setup_config(CONFIG, [], sample_datasets)
+    monkeypatch.setattr("detectron2.data.samplers.distributed_sampler.comm.get_world_size", lambda: 2)
+    assert [len(build_test_loader(cfg, "tiny_val", alone=alone)) for alone in (False, True)] == [2, 4]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

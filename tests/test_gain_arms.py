@@ -102,6 +102,7 @@ def test_bad_arms(cfg, names, custom, words):
         ("--arm wide MODEL.SGE.GROUPS 32 -- SOLVER.MAX_ITER 5", "SOLVER.MAX_ITER 5"),
         ("SOLVER.MAX_ITER 5", "SOLVER.MAX_ITER 5"),
         ("--jobs 2", ""),
+        ("--config-file=F --output=D SOLVER.MAX_ITER 5", "SOLVER.MAX_ITER 5"),
     ],
 )
 def test_overrides_at_the_end(argv, overrides):

@@ -3,6 +3,7 @@ import math
 
 import numpy as np
 import pytest
+from pycocotools import mask as mask_utils
 
 from sge_det import UserError
 from sge_det.gain import compare_results, t_interval
@@ -150,6 +151,27 @@ def test_bad_files_are_named(truth_file, tmp_path):
         compare_results(truth_file, {"a": [good, good], "b": [good]}, tmp_path / "out")
     with pytest.raises(UserError, match="two arms"):
         compare_results(truth_file, {"a": [good]}, tmp_path / "out")
+
+
+def test_an_empty_file_is_a_detector_without_detections(tmp_path):
+    """It scores 0 in whatever the other files hold, boxes and masks."""
+    square = [[10, 10, 30, 10, 30, 30, 10, 30]]
+    box = {"image_id": 1, "category_id": 3, "bbox": [10, 10, 20, 20]}
+    truth = {"images": [{"id": 1, "file_name": "1.jpg", "height": 100, "width": 100}], "categories": CATEGORIES}
+    truth["annotations"] = [box | {"id": 1, "area": 400, "iscrowd": 0, "segmentation": square}]
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    rle = mask_utils.merge(mask_utils.frPyObjects(square, 100, 100))
+    found = box | {"score": 0.9, "segmentation": rle | {"counts": rle["counts"].decode()}}
+    for name, entries in (("none", []), ("some", [found]), ("boxes", [box | {"score": 0.9}])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(entries))
+    none, some, boxes = (tmp_path / f"{name}.json" for name in ("none", "some", "boxes"))
+    report = measure(GroundTruth(tmp_path / "truth.json"), {"a": [none, some], "b": [some, none]}, bootstrap=0).report
+    assert report["tasks"] == ["bbox", "segm"]
+    for task in report["tasks"]:
+        assert report["arms"]["a"][task]["AP"]["values"] == pytest.approx([0, 100])
+        assert report["arms"]["b"][task]["AP"]["values"] == pytest.approx([100, 0])
+    with pytest.raises(UserError, match=r"boxes\.json has no masks, but others have"):
+        measure(GroundTruth(tmp_path / "truth.json"), {"a": [some], "b": [boxes]}, bootstrap=0)
 
 
 def test_hits_meet_each_object_once():

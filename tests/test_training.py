@@ -127,6 +127,41 @@ def test_weights_that_are_not_there_are_told_before_anything_is_built(sample_dat
         setup_config("COCO-Detection/faster_rcnn_SGE_R_50_FPN_1x.yaml", [], sample_datasets)
 
 
+@pytest.mark.parametrize("reset", [True, False])
+def test_reset_starts_sge_anew_from_weights_that_have_it(tmp_path, sample_datasets, reset):
+    state = build_seeded_model(tiny_config(tmp_path, sample_datasets, "MODEL.SGE.INIT", "[0.7, 0.3]")).state_dict()
+    torch.save({"model": state}, tmp_path / "sge.pth")
+    cfg = tiny_config(tmp_path / "out", sample_datasets, "MODEL.SGE.RESET", str(reset), "SEED", "1")
+    cfg.MODEL.WEIGHTS, cfg.SOLVER.MAX_ITER = str(tmp_path / "sge.pth"), 2
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    start = trainer.model.state_dict()
+    for key, value in state.items():
+        if ".sge." in key and reset:
+            value = torch.full_like(value, 0.0 if key.endswith("weight") else 1.0)
+        assert torch.equal(start[key], value)
+    trainer.iter = 0
+    trainer.model.state_dict()["backbone.bottom_up.res2.0.sge.weight"].fill_(0.25)
+    trainer.checkpointer.save("model_0000000", iteration=0)
+    resumed = Trainer(cfg)
+    resumed.resume_or_load(resume=True)
+    assert (resumed.model.state_dict()["backbone.bottom_up.res2.0.sge.weight"] == 0.25).all()
+
+
+def test_time_augmentation_and_expected_results_are_honoured(tmp_path, sample_datasets):
+    augmented = [
+        *("TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(64,)", "TEST.AUG.MAX_SIZE", "96"),
+        *("SOLVER.MAX_ITER", "1", "TEST.EVAL_PERIOD", "0"),
+    ]
+    results = train(tiny_config(tmp_path, sample_datasets, *augmented))
+    assert list(results) == ["bbox", "bbox_TTA"]
+    assert (tmp_path / "inference_TTA/coco_instances_results.json").is_file()
+    wrong = [*augmented, "MODEL.WEIGHTS", str(tmp_path / "model_final.pth")]
+    wrong += ["TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 150.0, 0.1]]"]
+    with pytest.raises(SystemExit):
+        evaluate(tiny_config(tmp_path, sample_datasets, *wrong))
+
+
 def test_a_diverging_loss_is_told(tmp_path, sample_datasets):
     cfg = tiny_config(tmp_path, sample_datasets, "SOLVER.BASE_LR", "1e30", "SOLVER.MAX_ITER", "20")
     with pytest.raises(sge_det.UserError, match=r"lower SOLVER\.BASE_LR"):

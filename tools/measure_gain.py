@@ -79,7 +79,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     option, values = "", 0
     for place, word in enumerate(argv):
         if word.startswith("--"):
-            option, values = word, 0
+            option, values = word, int("=" in word)
             continue
         values += 1
         is_key = re.fullmatch(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+|SEED|OUTPUT_DIR|VIS_PERIOD|CUDNN_BENCHMARK", word)

@@ -8,17 +8,14 @@ train_net.py --config-file F MODEL.SGE.ENABLED False    # the plain twin
 
 import argparse
 
-from detectron2.engine import default_setup
-
 from sge_det.config import find_config
 from sge_det.errors import user_errors
-from sge_det.training import argument_parser, evaluate, launch, setup_config, train
+from sge_det.training import argument_parser, evaluate, launch, setup_config, start_run, train
 
 
 def run(args: argparse.Namespace) -> dict:
     cfg = setup_config(args.config_file, args.opts, args.dataset, eval_only=args.eval_only)
-    cfg.freeze()
-    default_setup(cfg, args)
+    start_run(cfg, args)
     return evaluate(cfg, resume=args.resume) if args.eval_only else train(cfg, resume=args.resume)
 
 

@@ -10,16 +10,13 @@ from pathlib import Path
 
 import filelock
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader
-from detectron2.engine import default_setup, launch
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
-from torch.multiprocessing.spawn import ProcessRaisedException
 
 from ..attention import gate_statistics
 from ..checkpoint import Checkpointer
+from ..data import build_test_loader
 from ..errors import UserError, user_errors
-from ..training import argument_parser, build_seeded_model, setup_config, train
+from ..training import argument_parser, build_seeded_model, launch, setup_config, start_run, train
 from .files import write_json
 
 RESULT_FILE = "result.json"
@@ -30,9 +27,7 @@ _ORPHAN_SECONDS = 60
 def _train_and_record(args: argparse.Namespace) -> None:
     import_modules(args.imports)
     cfg = setup_config(args.config_file, args.opts, args.dataset)
-    cfg.freeze()
-    default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="sge_det")
+    start_run(cfg, args)
     start = time.time()
     results = train(cfg, resume=True)
     if not comm.is_main_process():
@@ -51,7 +46,7 @@ def _gates(cfg: CfgNode) -> dict:
         return {}
     model = build_seeded_model(cfg)
     Checkpointer(model, cfg.OUTPUT_DIR, whole_model=True).resume_or_load("", resume=True)
-    return gate_statistics(model, build_detection_test_loader(cfg, cfg.DATASETS.TEST[0]))
+    return gate_statistics(model, build_test_loader(cfg, cfg.DATASETS.TEST[0], alone=True))
 
 
 def import_modules(names: list[str]) -> None:
@@ -88,21 +83,9 @@ def main(argv: list[str] | None = None) -> None:
     name = ".run.lock" if args.machine_rank == 0 else f".run{args.machine_rank}.lock"
     try:
         with filelock.FileLock(folder / name, timeout=_ORPHAN_SECONDS):
-            launch(
-                _train_and_record,
-                args.num_gpus,
-                num_machines=args.num_machines,
-                machine_rank=args.machine_rank,
-                dist_url=args.dist_url,
-                args=(args,),
-            )
+            launch(_train_and_record, args)
     except filelock.Timeout as error:
         raise UserError(f"{folder} is being trained by another process: wait for it, or end it") from error
-    except ProcessRaisedException as error:
-        # a worker's error arrives with its traceback as its text
-        if "UserError: " in str(error):
-            raise UserError(str(error).rsplit("UserError: ", 1)[-1]) from error
-        raise
 
 
 if __name__ == "__main__":

@@ -91,20 +91,16 @@ def measure(
     found: dict[str, dict[str, list]] = {}
     intervals: dict[str, dict[str, list]] = {}
     result = Measurement(report={})
+    tasks = _tasks(truth, [path for files in detections.values() for path in files])
     steps = count * len(detections)
     with tqdm(total=steps, desc="metrics", unit="run", leave=False) as bar:
         for place, seed in enumerate(seeds):
             references: dict[str, hotcoco.COCOeval] = {}
-            tasks: list[str] = []
             for name, files in detections.items():
                 boxes = truth.read_detections(files[place])
-                if name == reference:
-                    tasks = [task for task in TASKS if task == "bbox" or (truth.has_masks and _has_masks(boxes))]
                 for task in tasks:
                     if task == "segm" and boxes and not _has_masks(boxes):
-                        raise UserError(
-                            f"{files[place]} has no masks, but those of {reference} have: compare like with like"
-                        )
+                        raise UserError(f"{files[place]} has no masks, but others have: compare like with like")
                     evaluation = evaluate_detections(truth.coco, boxes, task)
                     found.setdefault(task, {}).setdefault(name, []).append(coco_metrics(evaluation))
                     _collect(result, task, name, evaluation, images)
@@ -225,6 +221,12 @@ class GroundTruth:
 
 def _has_masks(detections: Sequence[dict]) -> bool:
     return bool(detections) and all("segmentation" in detection for detection in detections)
+
+
+def _tasks(truth: GroundTruth, files: Sequence[str | Path]) -> tuple[str, ...]:
+    """What is compared, by the first file that holds detections: an empty one does not tell."""
+    boxes = next(filter(None, map(truth.read_detections, files)), [])
+    return TASKS if truth.has_masks and _has_masks(boxes) else TASKS[:1]
 
 
 def _collect(result: Measurement, task: str, name: str, evaluation: hotcoco.COCOeval, images: bool) -> None:

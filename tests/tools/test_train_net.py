@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 from conftest import TINY
@@ -21,6 +22,7 @@ def test_two_processes_train_and_evaluate_on_cpus(run_tool, sample_datasets, tmp
     results = json.loads((tmp_path / "out/inference/coco_instances_results.json").read_text())
     assert isinstance(results, list)
     assert "AP50" in run.stdout + run.stderr
+    assert re.search(r"the metrics of \d+ detections \(bbox\) took \d", run.stdout + run.stderr)
 
 
 @pytest.mark.parametrize(
@@ -32,6 +34,7 @@ def test_two_processes_train_and_evaluate_on_cpus(run_tool, sample_datasets, tmp
         (["--config-file", FASTER, "MODEL.SGE.GROUPS", "7"], "GROUPS: 7 does not divide"),
         (["--config-file", FASTER, "--dataset", "mine", "none.json", "."], "none.json"),
         (["--config-file", FASTER, "--eval-only"], "no weights"),
+        (["--config-file", FASTER, "OUTPUT_DIR", "/dev/null/out"], "OUTPUT_DIR /dev/null/out cannot be written"),
     ],
 )
 def test_mistakes_end_with_a_sentence_and_code_2(run_tool, sample, arguments, message):
