@@ -4,9 +4,12 @@ import contextlib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from detectron2.engine import HookBase
+from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from .errors import UserError
@@ -124,6 +127,102 @@ def required_layers(model: nn.Module) -> dict[str, SpatialGroupEnhance]:
             'MODEL.SGE.ATTENTION is "sge"'
         )
     return layers
+
+
+def map_stride(cells: int, padded: int) -> int:
+    """The pixels between two cells of a map: the least power of two with which they cover the padded image.
+
+    Args:
+        cells: of the map, along one axis.
+        padded: pixels of the image as the backbone sees it, along the same axis.
+    """
+    stride = 1
+    while stride * cells < padded:
+        stride *= 2
+    return stride
+
+
+@dataclass(frozen=True)
+class LayerMaps:
+    """What an SGE layer shows on one image, cells that lie in the padding alone left out.
+
+    Attributes:
+        label: the block's short name, "res5.2".
+        stride: between two cells, in pixels of the image as the backbone sees it.
+        gates: eq. 5's sigmoid, (G, H, W), float32, in 0-1.
+        before, after: the mean over all channels of the layer's input and output, (H, W), float32.
+        covers: (width, height) in pixels of the original image, at least as large as that; they begin together.
+    """
+
+    label: str
+    stride: int
+    gates: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
+    covers: tuple[float, float]
+
+
+def layer_maps(model: nn.Module, name: str, example: dict) -> tuple[Instances, LayerMaps]:
+    """Runs a detector on one image and looks at one of its SGE layers.
+
+    Args:
+        model: a Detectron2 detector.
+        name: of the layer, as from :func:`find_layer`.
+        example: an input of the detector: "image" (3, H, W), and "height" and "width" of the original image.
+
+    Returns:
+        the detections, on the CPU, and the layer's maps.
+    """
+    seen: dict[str, np.ndarray] = {}
+
+    def see(called: str, layer: SpatialGroupEnhance, x: Tensor) -> None:
+        if called != name:
+            return
+        gates = layer.gates(x)
+        wide = x.to(gates.dtype)
+        of_groups = wide.unflatten(1, (layer.groups, -1)).mean(2)
+        for key, maps in {"gates": gates, "before": wide.mean(1), "after": (of_groups * gates).mean(1)}.items():
+            seen[key] = maps[0].float().cpu().numpy()
+
+    with observe(model, see), evaluating(model):
+        padded = model.preprocess_image([example]).tensor.shape[-2:]
+        instances = model([example])[0]["instances"].to("cpu")
+    resized, original = example["image"].shape[-2:], (example["height"], example["width"])
+    stride = map_stride(seen["before"].shape[0], padded[0])
+    cells = [-(-side // stride) for side in resized]
+    covers = [count * stride * out / side for count, out, side in zip(cells, original, resized, strict=True)]
+    cut = {key: maps[..., : cells[0], : cells[1]] for key, maps in seen.items()}
+    return instances, LayerMaps(blocks(model)[name], stride, covers=(covers[1], covers[0]), **cut)
+
+
+def rank_groups(gates: np.ndarray) -> list[int]:
+    """All groups, those first whose gates (G, H, W) vary most over the image (standard deviation)."""
+    return np.argsort(-gates.reshape(len(gates), -1).std(1), kind="stable").tolist()
+
+
+def choose_groups(text: str, gates: np.ndarray) -> list[int]:
+    """The groups that ``text`` names.
+
+    Args:
+        text: "top:N", the N that vary most over the image, or all if there are fewer; "all"; or numbers, "3,17".
+        gates: (G, H, W).
+
+    Raises:
+        UserError: it names none, or one that does not exist.
+    """
+    count = len(gates)
+    if text == "all":
+        return list(range(count))
+    top = re.fullmatch(r"top:(\d+)", text)
+    if top and int(top[1]) > 0:
+        return rank_groups(gates)[: int(top[1])]
+    if top or not re.fullmatch(r"\d+(,\d+)*", text):
+        raise UserError(f"--groups {text} names no groups: give top:8, all, or numbers as in 3,17")
+    groups = list(dict.fromkeys(map(int, text.split(","))))
+    missing = [group for group in groups if group >= count]
+    if missing:
+        raise UserError(f"--groups {text}: there is no group {missing[0]}, the layer has the groups 0 to {count - 1}")
+    return groups
 
 
 class _Moments:

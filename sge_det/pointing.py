@@ -19,7 +19,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .attention import evaluating, observe, required_layers, stage_of
+from .attention import evaluating, map_stride, observe, required_layers, stage_of
 from .data import read_annotations
 from .errors import UserError
 from .layer import SpatialGroupEnhance
@@ -100,9 +100,8 @@ class Objects:
 def cell_centres(cells: int, padded: int, resized: int, original: int) -> np.ndarray:
     """Where the cells of a map lie along one axis of the original image.
 
-    The stride is the least power of two with which the cells cover the padded image. Cell i covers the pixels
-    [i * stride, (i + 1) * stride) of the resized image, as in Detectron2's ROIAlign, and its centre lies at
-    (i + 0.5) * stride.
+    With the stride of :func:`.attention.map_stride` cell i covers the pixels [i * stride, (i + 1) * stride) of the
+    resized image, as in Detectron2's ROIAlign, and its centre lies at (i + 0.5) * stride.
 
     Args:
         cells: of the map.
@@ -112,10 +111,7 @@ def cell_centres(cells: int, padded: int, resized: int, original: int) -> np.nda
         the centres in pixels of the original image (pixel k covers [k, k + 1)), of the cells whose centre is not in
         the padding.
     """
-    stride = 1
-    while stride * cells < padded:
-        stride *= 2
-    centres = (np.arange(cells) + 0.5) * stride
+    centres = (np.arange(cells) + 0.5) * map_stride(cells, padded)
     return centres[centres < resized] * original / resized
 
 

@@ -1,0 +1,59 @@
+"""Detects on images and videos: draws what is found, and writes it as COCO-format JSON.
+
+predict.py --config-file F --input image.jpg --output out MODEL.WEIGHTS output/model_final.pth
+predict.py --config-file F --input folder 'more/*.png' clip.mp4 --output out --confidence 0.3 MODEL.WEIGHTS W
+predict.py --config-file F --input folder --output out --attention MODEL.WEIGHTS W    # the gates beside the detections
+An interrupted call goes on when it is given again.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from sge_det.errors import user_errors
+from sge_det.predict import find_files, predict, report_faults, setup_prediction, split_input
+
+
+def parser() -> argparse.ArgumentParser:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = arguments.add_argument
+    add("--config-file", required=True, metavar="F", help="the detector, plain or with SGE")
+    add("--input", required=True, nargs="+", metavar="PATH", help="images, folders, globs or videos")
+    add("--output", required=True, type=Path, metavar="DIR", help="folder of the drawings and of predictions.json")
+    add("--confidence", type=float, default=0.5, metavar="C", help="least score, 0-1 (default %(default)s)")
+    add("--attention", action="store_true", help="draw the mean gate of an SGE block beside the detections")
+    add("--stage", default="res5", metavar="S", help="of that block (default %(default)s)")
+    add("--block", type=int, default=-1, metavar="K", help="its number in the stage; -1 is the last (the default)")
+    add(
+        "--dataset",
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("NAME", "JSON", "IMAGES"),
+        help="the data set whose classes the model knows, where DATASETS.TEST is not there",
+    )
+    add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
+    return arguments
+
+
+@user_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_intermixed_args(argv)
+    inputs, overrides = split_input(args.input, args.opts)
+    files = find_files(inputs)
+    cfg = setup_prediction(args.config_file, overrides, args.dataset)
+    path, faults = predict(
+        cfg,
+        files,
+        args.output,
+        confidence=args.confidence,
+        attention=args.attention,
+        stage=args.stage,
+        block=args.block,
+    )
+    print(f"{len(files) - len(faults)} files drawn into {args.output}, detections in {path}")
+    report_faults(faults, files, "the others are done")
+
+
+if __name__ == "__main__":
+    main()

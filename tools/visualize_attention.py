@@ -1,0 +1,79 @@
+"""Shows SGE's gates: on images, block by block over a data set.
+
+visualize_attention.py --config-file F --input a.jpg b.jpg --output out MODEL.WEIGHTS output/model_final.pth
+visualize_attention.py --config-file F --input a.jpg --output out --stage res4 --groups 3,17 MODEL.WEIGHTS W
+visualize_attention.py --config-file F --input a.jpg --output out --compare-weights W2 MODEL.WEIGHTS W
+visualize_attention.py --config-file F --output out MODEL.WEIGHTS W    # all blocks over DATASETS.TEST
+
+With --input there is a figure for each image; without it, or with --dataset as well, one over the data set: blocks.png,
+and its numbers in blocks.json.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from sge_det.errors import user_errors
+from sge_det.predict import find_files, report_faults, setup_prediction, split_input
+from sge_det.training import setup_config
+from sge_det.visualize import BLOCKS_FIGURE, visualize_dataset, visualize_images
+
+
+def parser() -> argparse.ArgumentParser:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = arguments.add_argument
+    add("--config-file", required=True, metavar="F", help="the detector with SGE")
+    add("--input", nargs="+", default=[], metavar="IMAGE", help="images, folders of images or globs")
+    add("--output", required=True, type=Path, metavar="DIR", help="folder of the figures")
+    add("--stage", default="res5", metavar="S", help="res2 to res5 (default %(default)s)")
+    add("--block", type=int, default=-1, metavar="K", help="its block, from 0; -1 is the last (the default)")
+    add(
+        "--groups",
+        default="top:8",
+        metavar="G",
+        help="top:N, those that vary most over the image; all; or numbers, 3,17 (default %(default)s)",
+    )
+    add("--compare-weights", default="", metavar="W2", help="weights that are shown beside MODEL.WEIGHTS")
+    add("--confidence", type=float, default=0.5, metavar="C", help="least score drawn, 0-1 (default %(default)s)")
+    add(
+        "--dataset",
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("NAME", "JSON", "IMAGES"),
+        help="register a COCO-format data set, as in train_net.py; its blocks' figure is made with --input too",
+    )
+    add("--limit", type=int, metavar="N", help="the first N images of the data set (default: all)")
+    add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
+    return arguments
+
+
+@user_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_intermixed_args(argv)
+    inputs, overrides = split_input(args.input, args.opts)
+    files = find_files(inputs) if inputs else []
+    faults: dict[Path, str] = {}
+    if files:
+        cfg = setup_prediction(args.config_file, overrides, args.dataset)
+        figures, faults = visualize_images(
+            cfg,
+            files,
+            args.output,
+            stage=args.stage,
+            block=args.block,
+            groups=args.groups,
+            compare_weights=args.compare_weights,
+            confidence=args.confidence,
+        )
+        for figure in figures:
+            print(figure)
+    if args.dataset or not files:
+        cfg = setup_config(args.config_file, overrides, args.dataset, eval_only=True)
+        visualize_dataset(cfg, args.output, images=args.limit)
+        print(args.output / BLOCKS_FIGURE)
+    report_faults(faults, files, "the others are done")
+
+
+if __name__ == "__main__":
+    main()
