@@ -85,14 +85,21 @@ class Checkpointer(DetectionCheckpointer):
             return super().load(path, checkpointables)
         except UserError:
             raise
-        except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError, OSError, AssertionError) as error:
+        except (
+            *(pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError, OSError, AssertionError),
+            *(ValueError, AttributeError, TypeError),  # its entries are no tensors
+        ) as error:
             first = str(error).strip().split("\n")[0]
             raise UserError(f"the weights {path} cannot be read: {first}") from error
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         # Detectron2 reads a .pkl with an unpickler that runs what it says, and no .safetensors at all
         if filename.endswith((".pkl", ".pyth", ".safetensors")):
-            return load_checkpoint(filename)
+            checkpoint = load_checkpoint(filename)
+            if checkpoint.get("__author__") == "Caffe2":
+                blobs = checkpoint["model"]
+                checkpoint["model"] = {key: blobs[key] for key in blobs if not str(key).endswith("_momentum")}
+            return checkpoint
         return super()._load_file(filename)
 
     def _torch_load(self, f: str) -> Any:

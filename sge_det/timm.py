@@ -18,7 +18,11 @@ try:
     from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
     from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 except ImportError as error:
-    raise UserError("sge_det.timm registers models with timm, which is missing: pip install timm") from error
+    message = "sge_det.timm registers models with timm, which is missing: pip install timm"
+    if __name__ == "__main__":
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+    raise UserError(message) from error
 
 
 class SGEAttention(SpatialGroupEnhance):

@@ -8,7 +8,7 @@ convert_weights.py model_final_280758.pkl start.pth --transplant --config-file F
 import argparse
 
 from sge_det.config import load_config
-from sge_det.errors import user_errors
+from sge_det.errors import UserError, user_errors
 from sge_det.weights import convert_file, transplant_file
 
 
@@ -30,6 +30,8 @@ def parser() -> argparse.ArgumentParser:
 @user_errors
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_intermixed_args(argv)
+    if args.opts and not args.config_file:
+        raise UserError(f"{' '.join(args.opts)}: config overrides go with --config-file")
     cfg = load_config(args.config_file, args.opts) if args.config_file else None
     convert = transplant_file if args.transplant else convert_file
     print("\n".join(convert(args.source, args.output, cfg=cfg).lines()))

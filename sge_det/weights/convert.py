@@ -140,7 +140,7 @@ class Conversion:
             values = " ".join(f"{key} {str(value).replace(' ', '')}" for key, value in known.items())
             lines.append(f"use it with: {values}")
         if len(known) < 4:
-            lines.append("the file does not say all of channel order, mean/std and stride: set those it was trained with")
+            lines.append("the file does not say all of channel order, mean/std and stride: set what it had")
         return lines
 
 

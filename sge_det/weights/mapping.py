@@ -13,12 +13,14 @@ from ..errors import UserError
 from .sources import Source
 
 _COUNTER = "a counter that no detector reads"
+_MOMENTUM = "the optimizer's momentum"
 _CLASSIFIER = "the ImageNet classifier"
 _FROM_CONFIG = "follows from the config"
 
 # What has no place in Detectron2, by the end of its name, and why.
 _DROPPED = (
     (r"(.*\.)?num_batches_tracked", _COUNTER),
+    (r".*\.momentum", _MOMENTUM),
     (r"(stem\.)?(fc|fc1000|linear|pred)\.(weight|bias)", _CLASSIFIER),
     (r"(.*\.)?anchor_generator\.cell_anchors\.\d+|pixel_mean|pixel_std", _FROM_CONFIG),
     (r"stem\.conv1\.bias", "Detectron2's stem has a norm in its place"),
@@ -53,13 +55,15 @@ class ResNetShape:
 
     Attributes:
         prefix: what stands before "stem" and "res2", e.g. "backbone.bottom_up.".
-        depth: 18, 34, 50, 101 or 152.
+        depth: the number of its layers, 18, 34, 50, 101 or 152 for those that Detectron2 builds.
+        last: "conv2" or "conv3", the last convolution of its blocks.
         norm: "BN" (frozen or not) or "GN", or "" where there is none.
         groups: the groups of its SGE layers; empty where it has none.
     """
 
     prefix: str
     depth: int
+    last: str
     norm: str
     groups: frozenset[int]
 
@@ -88,7 +92,7 @@ def to_detectron2(source: Source) -> Renamed:
         target = (None, reason) if reason else rename(key, value)
         if target is None:
             raise UserError(
-                f"{source.path} is {source.description}, but {key} has no place in Detectron2's: the model is another one"
+                f"{source.path} is {source.description}, but {key} has no place in Detectron2: it is another model"
             )
         name, change = target
         if name is None:
@@ -167,7 +171,7 @@ def _mmdet_rename(source: Source) -> Callable[[str, Tensor], tuple[str, Transfor
     elif "rpn_head.rpn_cls.weight" in state:
         scores, deltas = (state[f"rpn_head.rpn_{name}.weight"].shape[0] for name in ("cls", "reg"))
         if 4 * scores != deltas:
-            raise UserError(f"{source.path} has an RPN of {scores} scores for {deltas // 4} anchors: softmax has no place")
+            raise UserError(f"{source.path} has an RPN of {scores} scores for {deltas // 4} anchors: not a sigmoid's")
 
     def neck(part: str, level: int, rest: str) -> str | None:
         rest = rest.replace("conv.", "").replace("bn.", "norm.").replace("gn.", "norm.")
@@ -273,6 +277,9 @@ def resnet_shape(state: dict[str, Tensor], path: str) -> ResNetShape:
     if stem is None:
         raise UserError(f"{path} holds no stem of a ResNet (stem.conv1.weight)")
     prefix = stem.removesuffix("stem.conv1.weight")
+    last = 3 if f"{prefix}res2.0.conv3.weight" in state else 2
+    norm = {key.rsplit(".", 1)[1] for key in state if key.startswith(f"{prefix}stem.conv1.norm.")}
+    norm.discard("num_batches_tracked")
     convolutions, groups = 0, set()
     for stage in STAGES:
         blocks = {
@@ -281,22 +288,34 @@ def resnet_shape(state: dict[str, Tensor], path: str) -> ResNetShape:
             if (found := re.fullmatch(rf"{re.escape(prefix)}{stage}\.(\d+)\.conv1\.weight", key))
         }
         if stage == "res5" and not blocks and any(".res5." in key for key in state):
-            blocks = {0, 1, 2}  # a C4 detector has its res5 in the heads
+            convolutions += 3 * last  # a C4 detector has its res5 in the heads
+            continue
         if not blocks or blocks != set(range(len(blocks))):
             missing = min(set(range(len(blocks) + 1)) - blocks)
             raise UserError(f"{path} lacks the block {stage}.{missing}: it is no whole ResNet")
-        bottleneck = f"{prefix}res2.0.conv3.weight" in state
-        convolutions += len(blocks) * (3 if bottleneck else 2)
-        for block in blocks:
-            sge = state.get(f"{prefix}{stage}.{block}.sge.weight")
-            last = state.get(f"{prefix}{stage}.{block}.conv{3 if bottleneck else 2}.weight")
-            if sge is not None and last is not None:
-                groups.add(sge.numel())
-                if last.shape[0] % sge.numel():
-                    raise UserError(
-                        f"{path}: the {sge.numel()} groups of {stage}.{block}.sge do not divide its {last.shape[0]} channels"
-                    )
-    norm = "" if f"{prefix}stem.conv1.norm.weight" not in state else "GN"
-    if f"{prefix}stem.conv1.norm.running_mean" in state:
-        norm = "BN"
-    return ResNetShape(prefix, convolutions + 2, norm, frozenset(groups))
+        convolutions += len(blocks) * last
+        has_sge = any(key.startswith(f"{prefix}{stage}.") and ".sge." in key for key in state)
+        for block in (f"{prefix}{stage}.{number}" for number in sorted(blocks)):
+
+            def find(name: str, block: str = block) -> Tensor:
+                if f"{block}.{name}" not in state:
+                    raise UserError(f"{path} lacks {block}.{name}: it is no whole ResNet")
+                return state[f"{block}.{name}"]
+
+            convs = [f"conv{number}" for number in range(1, last + 1)]
+            channels = find(f"conv{last}.weight").shape[0]
+            if find("conv1.weight").shape[1] != channels:
+                convs.append("shortcut")
+            for name in convs:
+                find(f"{name}.weight")
+                for part in sorted(norm):
+                    find(f"{name}.norm.{part}")
+            if has_sge:
+                weight, bias = find("sge.weight").numel(), find("sge.bias").numel()
+                if weight != bias:
+                    raise UserError(f"{path}: {block}.sge has {weight} weights for {bias} biases")
+                if channels % weight:
+                    raise UserError(f"{path}: the {weight} groups of {block}.sge do not divide its {channels} channels")
+                groups.add(weight)
+    kind = "BN" if "running_mean" in norm else "GN" if norm else ""
+    return ResNetShape(prefix, convolutions + 2, f"conv{last}", kind, frozenset(groups))

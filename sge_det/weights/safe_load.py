@@ -111,7 +111,7 @@ def load_torch(file: Any) -> Any:
         with _admit(_NUMPY | {("argparse", "Namespace"): argparse.Namespace}):
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|function|type|class) ([\w.]+\.[\w.]+)", str(error))
+        found = re.search(r"(?:GLOBAL|(?:function|type|class)(?= [\w.]+\.)) ([\w.]*\w)", str(error))
         if found is None:
             # torch's own text advises to read the file without this guard
             raise pickle.UnpicklingError("it is no file that torch.save wrote") from error
@@ -152,15 +152,18 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         UserError: as :func:`load_file`.
     """
     content = load_file(path)
-    if not isinstance(content, dict):
-        raise UserError(f"the weights {path} cannot be read: they are a {type(content).__name__}, not a dict of tensors")
-    if Path(path).suffix == ".pkl" and not ("model" in content and "__author__" in content):
-        blobs = content.get("blobs", content)
-        blobs = {key: value for key, value in blobs.items() if not key.endswith("_momentum")}
-        return {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
-    if "model_state" in content:  # pycls
-        return {"model": content["model_state"], "__author__": "pycls", "matching_heuristics": True}
-    return content if "model" in content else {"model": content}
+    if isinstance(content, dict):
+        if Path(path).suffix == ".pkl" and not isinstance(content.get("model"), dict):
+            content = {"model": content.get("blobs", content), "__author__": "Caffe2", "matching_heuristics": True}
+        elif "model_state" in content:
+            content = {"model": content["model_state"], "__author__": "pycls", "matching_heuristics": True}
+        elif "model" not in content:
+            content = {"model": content}
+    weights = content["model"] if isinstance(content, dict) else content
+    if not isinstance(weights, dict):
+        kind = type(weights).__name__
+        raise UserError(f"the weights {path} cannot be read: they are a {kind}, not a dict of tensors")
+    return content
 
 
 def write_weights(path: str | Path, state: dict[str, Tensor], metadata: dict[str, Any], *, by_suffix: bool) -> None:
@@ -182,28 +185,33 @@ def write_weights(path: str | Path, state: dict[str, Tensor], metadata: dict[str
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors":
-            from safetensors.torch import save_file
+            from safetensors.torch import save
 
             # no two tensors of the file may share memory
             tensors = {key: value.clone().contiguous() for key, value in state.items()}
-            save_file(tensors, str(part), {"format": "pt", "sge_det": json.dumps(extra)})
+            content = save(tensors, {"format": "pt", "sge_det": json.dumps(extra)})
+            part.write_bytes(content)
         else:
-            torch.save({"model": state, **extra}, part)
+            with open(part, "wb") as file:
+                torch.save({"model": state, **extra}, file)
         os.replace(part, path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def check_output(path: str | Path) -> None:
     """Checks that weights can be written under this name.
 
     Raises:
-        UserError: it does not end in .pth or .safetensors.
+        UserError: it does not end in .pth or .safetensors, or is a folder.
     """
     if Path(path).suffix not in (".pth", ".safetensors"):
         raise UserError(f"{path}: the output must end in .pth or .safetensors, which MODEL.WEIGHTS takes")
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder: name the file to write")
 
 
 def sha256(path: str | Path) -> str:

@@ -56,9 +56,9 @@ class Recipe:
         )
 
     @classmethod
-    def of_metadata(cls, metadata: Mapping[str, Any] | None) -> "Recipe":
+    def of_metadata(cls, metadata: Mapping[str, Any]) -> "Recipe":
         """What the metadata of a file says; unknown where it says nothing."""
-        values = {name: (metadata or {}).get(name) for name in cls.__dataclass_fields__}
+        values = {name: metadata.get(name) for name in cls.__dataclass_fields__}
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
     def overrides(self) -> dict[str, Any]:
@@ -154,7 +154,8 @@ class Source:
 
     def metadata(self) -> dict[str, Any]:
         """What a converted file says of where it came from."""
-        return {"source": self.kind, "file": Path(self.path).name, "sha256": sha256(self.path), **self.recipe.metadata()}
+        file = {"file": Path(self.path).name, "sha256": sha256(self.path)}
+        return {"source": self.kind, **file, **self.recipe.metadata()}
 
 
 def read_source(path: str, *, strict: bool = True) -> Source:
@@ -185,8 +186,14 @@ def read_source(path: str, *, strict: bool = True) -> Source:
         state,
         known_recipe(path) or _recipe(kind, checkpoint, state),
         bool(checkpoint.get("matching_heuristics")),
-        bool((checkpoint.get("metadata") or {}).get("transplanted")),
+        bool(_metadata(checkpoint).get("transplanted")),
     )
+
+
+def _metadata(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What we wrote into a file, or nothing: others have a "metadata" too."""
+    metadata = checkpoint.get("metadata")
+    return metadata if isinstance(metadata, Mapping) and "channel_order" in metadata else {}
 
 
 def _unwrap(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -233,7 +240,7 @@ def identify(state: Mapping[str, Tensor], path: str) -> str:
             return "sge-imagenet"
         return "timm-sge" if any(re.fullmatch(r"layer\d\.\d+\.se\.weight", key) for key in state) else "plain-resnet"
     if "layer1.0.conv1.weight" in state:
-        raise UserError(f"{path} is a ResNet with a deep stem (conv1.0), which Detectron2's stem of one 7x7 cannot hold")
+        raise UserError(f"{path} is a ResNet with a deep stem (conv1.0): Detectron2's stem is one convolution")
     if "res2.0.conv1.weight" in state:
         return "detectron2-backbone"
     if any(key.endswith(".res2.0.conv1.weight") for key in state):
@@ -245,8 +252,8 @@ def identify(state: Mapping[str, Tensor], path: str) -> str:
 
 
 def _recipe(kind: str, checkpoint: Mapping[str, Any], state: Mapping[str, Tensor]) -> Recipe:
-    if checkpoint.get("metadata"):
-        return Recipe.of_metadata(checkpoint["metadata"])
+    if _metadata(checkpoint):
+        return Recipe.of_metadata(_metadata(checkpoint))
     if kind in ("sge-imagenet", "timm-sge", "plain-resnet") or checkpoint.get("__author__") == "torchvision":
         return IMAGENET
     if kind == "caffe2" and _is_msra(state):
@@ -268,12 +275,13 @@ def _is_msra(state: Mapping[str, Tensor]) -> bool:
 
 def _mmdet_recipe(checkpoint: Mapping[str, Any]) -> Recipe:
     # mmdetection keeps the text of its config; the release's are RGB, style "pytorch": stride in the 3x3
-    meta = checkpoint["model"].get("meta") or {}
+    meta = checkpoint["model"].get("meta")
     text = str(meta.get("config", "")) if isinstance(meta, Mapping) else ""
 
     def numbers(name: str, default: tuple[float, ...]) -> tuple[float, ...]:
-        found = re.search(rf"{name}\s*=\s*[\[(]([^\])]*)[\])]", text)
-        return tuple(float(value) for value in found[1].split(",") if value.strip()) if found else default
+        found = re.search(rf"\b{name}\s*=\s*[\[(]([^\])]*)[\])]", text)
+        values = tuple(map(float, re.findall(r"[-+\d.]+", found[1]))) if found else ()
+        return values if len(values) == 3 else default
 
     return Recipe(
         "BGR" if re.search(r"to_rgb\s*=\s*False", text) else "RGB",

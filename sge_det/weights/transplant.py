@@ -44,9 +44,9 @@ def transplant_state(state: dict[str, Tensor], cfg: CfgNode | None, path: str) -
     if cfg is not None:
         options = sge_options(cfg)
         if not options.ENABLED or options.ATTENTION != "sge":
-            raise UserError("the config has no SGE: set MODEL.SGE.ENABLED True and MODEL.SGE.ATTENTION sge to transplant")
+            raise UserError("the config has no SGE: set MODEL.SGE.ENABLED True and MODEL.SGE.ATTENTION sge")
         groups, beta, stages = options.GROUPS, float(options.INIT[1]), options.STAGES
-    last = "conv3" if shape.depth >= 50 and f"{shape.prefix}res2.0.conv3.weight" in state else "conv2"
+    last = shape.last
     factor = 1 + math.exp(-beta)
     result, count = dict(state), 0
     pattern = rf"{re.escape(shape.prefix)}({'|'.join(stages)})\.\d+\.{last}\.weight" if stages else r"(?!)"
@@ -56,7 +56,10 @@ def transplant_state(state: dict[str, Tensor], cfg: CfgNode | None, path: str) -
         block = key.removesuffix(f".{last}.weight")
         channels = state[key].shape[0]
         if groups < 1 or channels % groups:
-            raise UserError(f"{groups} groups do not divide the {channels} channels of {block}: set MODEL.SGE.GROUPS")
+            raise UserError(
+                f"{groups} groups do not divide the {channels} channels of {block}: set MODEL.SGE.GROUPS in the config "
+                "that the weights are for (--config-file)"
+            )
         for name in ("weight", "bias"):
             norm = f"{block}.{last}.norm.{name}"
             if norm not in state:
