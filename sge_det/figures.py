@@ -1,7 +1,7 @@
 """Pictures of detections and of what SGE does: drawn here, from arrays, by whoever has them.
 
 Everything is safe for colour-blind readers: Okabe and Ito's colours for classes and lines, perceptually uniform maps
-(cividis, viridis) for values.
+(inferno, viridis) for values.
 """
 
 import io
@@ -17,8 +17,9 @@ from detectron2.utils.visualizer import Visualizer
 from matplotlib import colormaps, get_data_path, rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from .attention import LayerMaps
@@ -29,9 +30,9 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _STYLE = rc_context({"font.size": 13, "axes.titlesize": 13, "font.family": "DejaVu Sans"})
 _WIDTH = 12.0  # inches
 _DPI = 110
-_GATES, _ACTIVATION = "cividis", "viridis"
+_GATES, _ACTIVATION = "inferno", "viridis"
 # Of the image under gates.
-_OPACITY = 0.7
+_OPACITY = 0.65
 # Where all gates start, with MODEL.SGE.INIT as the paper has it.
 _START = 1 / (1 + math.exp(-1))
 # Groups that are shown in rows of four; more go in rows of eight.
@@ -119,61 +120,62 @@ def attention_figure(views: Sequence[View], groups: Sequence[int], names: Sequen
         names: of the classes.
         title: the first line.
     """
-    two = len(views) > 1
-    letters = [f"{'AB'[number]}: " if two else "" for number in range(len(views))]
+    letters = ["A: ", "B: "][: len(views)] if len(views) > 1 else [""]
     few = len(groups) * len(views) <= _FEW_GROUPS
     columns = 4 if few else 8
-    span = columns // 4
     pairs = [(view, letter, group) for group in groups for view, letter in zip(views, letters, strict=True)]
-    head = len(views)
-    # rows of the grid are as high as panels of a column's width; the first ones have panels of a fourth of the figure
     ratio = min(max(views[0].image.shape[0] / views[0].image.shape[1], 0.35), 2.0)
-    heights = [_WIDTH / 4 * ratio + 0.55] * head
-    heights += [_WIDTH / columns * ratio + 0.45] * -(-len(pairs) // columns)
+    rows = -(-len(pairs) // columns)
+    heights = [
+        len(views) * (_WIDTH / 4 * ratio + 0.4) + 1.0,  # with the colour bar
+        rows * ((_WIDTH - 1) / columns * ratio + (0.55 if few else 0.35)),
+    ]
     lines = [title, *(f"{letter}{view.name}" for view, letter in zip(views, letters, strict=True))]
-    figure = Figure(figsize=(_WIDTH + 1.1, sum(heights) + 0.32 * len(lines) + 0.2), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(_WIDTH, sum(heights) + 0.3 * len(lines)), dpi=_DPI, layout="constrained")
     figure.suptitle("\n".join(lines), fontsize=14)
-    grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
-
-    def panel(row: int, column: int, width: int = 1) -> Axes:
-        return figure.add_subplot(grid[row, column * span : (column + width) * span])
-
-    if two:
-        detections = [panel(0, 0), panel(0, 1)]
-        distribution = panel(0, 2, 2)
-        activations = [(panel(1, 0), panel(1, 1)), (panel(1, 2), panel(1, 3))]
-    else:
-        detections, distribution = [panel(0, 0)], panel(0, 3)
-        activations = [(panel(0, 1), panel(0, 2))]
-    for ax, view, letter in zip(detections, views, letters, strict=True):
-        _detections(ax, view, names)
-        ax.set_title(f"{letter}detections")
-    lowest = min(maps.min() for view in views for maps in (view.maps.before, view.maps.after))
-    highest = max(maps.max() for view in views for maps in (view.maps.before, view.maps.after))
-    norm = Normalize(float(lowest), float(highest))
-    flat = []
-    for axes, view, letter in zip(activations, views, letters, strict=True):
-        for ax, maps, when in zip(axes, (view.maps.before, view.maps.after), ("before SGE", "after SGE"), strict=True):
-            shown = _map(ax, view, maps, _ACTIVATION, norm)
-            ax.set_title(f"{letter}{when}")
-            flat.append(ax)
-    bar = figure.colorbar(shown, ax=flat, location="bottom", shrink=0.8, aspect=40, pad=0.02)
-    bar.set_label("mean activation over channels")
-    _distribution(distribution, views, letters, groups)
+    above, below = figure.subfigures(2, 1, height_ratios=heights)
+    _summary(above, views, letters, groups, names)
 
     chosen = [view.maps.gates[groups] for view in views]
     norm = Normalize(float(min(gates.min() for gates in chosen)), float(max(gates.max() for gates in chosen)))
-    flat = []
-    for place, (view, letter, group) in enumerate(pairs):
-        ax = figure.add_subplot(grid[head + place // columns, place % columns])
+    axes = below.subplots(rows, columns, squeeze=False).ravel()
+    for ax, (view, letter, group) in zip(axes, pairs, strict=False):
         ax.imshow(_grey(view.image).astype(np.uint8), extent=_extent(view.image))
         gates = view.maps.gates[group]
         shown = _map(ax, view, gates, _GATES, norm, alpha=_OPACITY)
-        ax.set_title(f"{letter}group {group}\nsd {gates.std():.3f}" if few else f"{letter}{group}", fontsize=12)
-        flat.append(ax)
-    bar = figure.colorbar(shown, ax=flat, location="right", aspect=30, fraction=0.04, pad=0.01)
-    bar.set_label("gate, sigmoid(a) of eq. 5")
+        ax.set_title(f"{letter}group {group}, sd {gates.std():.3f}" if few else f"{letter}{group}", fontsize=12)
+    for ax in axes[len(pairs) :]:
+        ax.axis("off")
+    bar = below.colorbar(shown, ax=axes, location="right", aspect=30, fraction=0.04, pad=0.01)
+    bar.set_label("gate (0-1)")
     return _png(figure)
+
+
+def _summary(
+    figure: SubFigure, views: Sequence[View], letters: Sequence[str], groups: Sequence[int], names: Sequence[str]
+) -> None:
+    """The detections, the activations before and after, and the distribution of the gates."""
+    grid = figure.add_gridspec(len(views), 4)
+    if len(views) > 1:
+        places = [(grid[0, number], grid[1, 2 * number], grid[1, 2 * number + 1]) for number in range(2)]
+        last = grid[0, 2:]
+    else:
+        places, last = [(grid[0, 0], grid[0, 1], grid[0, 2])], grid[0, 3]
+    every = [maps for view in views for maps in (view.maps.before, view.maps.after)]
+    norm = Normalize(float(min(maps.min() for maps in every)), float(max(maps.max() for maps in every)))
+    flat = []
+    for view, letter, (detections, *maps) in zip(views, letters, places, strict=True):
+        ax = figure.add_subplot(detections)
+        _detections(ax, view, names)
+        ax.set_title(f"{letter}detections")
+        for place, values, when in zip(maps, (view.maps.before, view.maps.after), ("before", "after"), strict=True):
+            flat.append(figure.add_subplot(place))
+            shown = _map(flat[-1], view, values, _ACTIVATION, norm)
+            flat[-1].set_title(f"{letter}activation {when} SGE")
+    bar = figure.colorbar(shown, ax=flat, location="bottom", shrink=0.9, aspect=40, pad=0.02)
+    bar.locator = MaxNLocator(5)
+    bar.set_label("mean over channels")
+    _distribution(figure.add_subplot(last), views, letters, groups)
 
 
 def _detections(ax: Axes, view: View, names: Sequence[str]) -> None:

@@ -14,13 +14,13 @@ import hotcoco
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.data import MetadataCatalog
 from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .attention import evaluating, map_stride, observe, required_layers, stage_of
-from .data import read_annotations
+from .data import build_test_loader, read_annotations
 from .errors import UserError
 from .layer import SpatialGroupEnhance
 
@@ -286,7 +286,7 @@ def pointing_game(cfg: CfgNode, model: nn.Module, limit: int | None = None) -> d
     json_file = MetadataCatalog.get(name).get("json_file")
     if json_file is None:
         raise UserError(f"the data set {name} is not one in COCO's format: it has no annotation file")
-    return play(model, build_detection_test_loader(cfg, name), Objects(json_file), limit)
+    return play(model, build_test_loader(cfg, name, alone=True), Objects(json_file), limit)
 
 
 HEADER = (
@@ -295,31 +295,42 @@ HEADER = (
 )
 
 
-def pointing_row(figures: dict) -> list[str]:
-    """The texts under ``HEADER`` for a stage and a size: shares in per cent, with intervals where there are any."""
-    if not figures["images"]:
+def pointing_row(runs: Sequence[dict]) -> list[str]:
+    """The texts under ``HEADER`` for a stage and a size: shares in per cent.
+
+    Args:
+        runs: the figures of one run, shown with their intervals over the images, or of several on the same images,
+            shown as mean and standard deviation over the runs.
+    """
+    images = runs[0]["images"]
+    if not images:
         return ["0", *("absent",) * (len(HEADER) - 1)]
-    shares = [f"{figures[name]['mean']:.1%}" for name in ("chance", "before", "after", "gate")]
-    differences = [_with_interval(figures[name], "+.1f", 100) for name in ("after_minus_before", "gate_minus_chance")]
-    return [str(figures["images"]), *shares, *differences, _with_interval(figures["gate_ratio"], ".3f")]
 
+    def text(name: str, digits: str, factor: float = 1, *, interval: bool = False) -> str:
+        figures = [run[name] for run in runs]
+        values = [figure["mean"] * factor for figure in figures]
+        shown = f"{np.mean(values):{digits}}"
+        if len(runs) > 1:
+            return shown if name == "chance" else f"{shown} ± {np.std(values, ddof=1):{digits.lstrip('+')}}"
+        low, high = figures[0]["low"], figures[0]["high"]
+        # JSON has null for NaN
+        if not interval or low is None or math.isnan(low):
+            return shown
+        return f"{shown} ({low * factor:{digits}} to {high * factor:{digits}})"
 
-def _with_interval(figure: dict, digits: str, factor: float = 1) -> str:
-    mean, low, high = (figure[name] for name in ("mean", "low", "high"))
-    text = f"{mean * factor:{digits}}"
-    # JSON has null for NaN
-    if low is None or math.isnan(low):
-        return text
-    return f"{text} ({low * factor:{digits}} to {high * factor:{digits}})"
+    shares = [text(name, ".1f", 100) for name in ("chance", "before", "after", "gate")]
+    differences = [text(name, "+.1f", 100, interval=True) for name in ("after_minus_before", "gate_minus_chance")]
+    return [str(images), *shares, *differences, text("gate_ratio", ".3f", interval=True)]
 
 
 EXPLANATION = (
-    "Shares of groups whose strongest position lies in an object: of their mean activation before SGE and after it, "
-    "and of the gate alone. Chance is the share of all positions that lie in objects. Differences are in percentage "
-    "points; without SGE the last column is 1. In parentheses: 95% bootstrap intervals over the images. Positions in "
-    "crowd regions, and for a size in objects of other sizes alone, do not count; nor does an image on which no "
-    "position of the stage's map lies in such an object."
+    "Shares of groups (%) whose strongest position lies in an object: of their mean activation before SGE and after "
+    "it, and of the gate alone. Chance is the share of all positions that lie in objects. Differences are in "
+    "percentage points; without SGE the last column is 1. Positions in crowd regions, and for a size in objects of "
+    "other sizes alone, do not count; nor does an image on which no position of the stage's map lies in such an object."
 )
+OVER_IMAGES = " In parentheses: 95% bootstrap intervals over the images."
+OVER_SEEDS = " Mean ± standard deviation over the seeds."
 
 
 def pointing_report(result: dict) -> str:
@@ -329,11 +340,11 @@ def pointing_report(result: dict) -> str:
         if shape not in result:
             continue
         rows = [
-            [f"{stage}, {size}", *pointing_row(figures)]
+            [f"{stage}, {size}", *pointing_row([figures])]
             for stage, sizes in result[shape].items()
             for size, figures in sizes.items()
         ]
         align = ("left", *("right",) * len(HEADER))
         header = [f"in an object's {title}", *HEADER]
         parts.append(tabulate(rows, header, tablefmt="github", colalign=align, disable_numparse=True))
-    return "\n\n".join([*parts, EXPLANATION])
+    return "\n\n".join([*parts, EXPLANATION + OVER_IMAGES])

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader
 from torch import nn
 from tqdm import tqdm
 
 from .attention import blocks, choose_groups, find_layer, gate_statistics, required_layers, sge_layers
 from .checkpoint import check_weights_exist
+from .data import build_test_loader
 from .errors import UserError
 from .figures import Block, View, attention_figure, blocks_figure
 from .gain.files import write_file, write_json
@@ -145,7 +145,7 @@ def visualize_dataset(cfg: CfgNode, output: Path, *, images: int | None = None) 
     required_layers(predictor.model)
     make_folder(output)
     name = cfg.DATASETS.TEST[0]
-    loader = build_detection_test_loader(cfg, name, batch_size=1)
+    loader = build_test_loader(cfg, name, alone=True)
     found = block_statistics(predictor.model, loader, images=images)
     count = len(loader) if images is None else min(images, len(loader))
     title = f"SGE over {count} images of {name}\n{cfg.MODEL.WEIGHTS}"

@@ -85,7 +85,11 @@ def test_what_a_run_leaves(finished):
     assert gates["plain/seed0"] == {}
     assert list(gates["sge/seed0"]) == ["res2", "res3", "res4", "res5"]
     report = json.loads((output / "report.json").read_text())
-    assert list(report["gates"]) == ["sge"]
+    assert list(report["gates"]) == list(report["pointing"]) == ["sge"]
+    played = report["pointing"]["sge"]["0"]
+    assert played == json.loads((output / "sge/seed0/result.json").read_text())["pointing"]
+    assert played["bbox"]["res2"]["all"]["images"] > 0
+    assert "## Pointing game of sge" in (output / "report.md").read_text()
     assert (output / "report.html").read_text().count("<img") >= 5
     points = Run.curves(_run(output / RUNS[0]))
     assert [iteration for iteration, _ in points["bbox/AP"]] == [4, 8]

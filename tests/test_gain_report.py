@@ -14,6 +14,7 @@ from pycocotools import mask as mask_utils
 from sge_det import UserError
 from sge_det.gain import compare_results
 from sge_det.gain.files import write_file, write_json
+from sge_det.gain.report import pointing_tables
 
 
 class Page(HTMLParser):
@@ -90,6 +91,7 @@ def test_report_json_has_the_schema(compared):
             assert set(difference[task]["AP"]) == {"mean", "low", "high", "values", "image_bootstrap"}
             assert [set(interval) for interval in difference[task]["AP"]["image_bootstrap"]] == [{"low", "high"}] * 2
     assert "sge - plain" in report["verdict"]
+    assert report["pointing"] == {}
 
 
 def test_page_is_self_contained_and_whole(compared):
@@ -147,6 +149,33 @@ def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
         write_file(path, "something else")
     assert json.loads(path.read_text()) == {"a": None, "b": [1.5, None]}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_pointing_figures_are_means_over_the_seeds():
+    def run(shift):
+        means = {"chance": 0.25, "before": 0.3 + shift, "after": 0.5, "gate": 0.5, "after_minus_before": 0.2 - shift}
+        means |= {"gate_minus_chance": 0.25, "gate_ratio": 1.5 + shift}
+        figures = {name: {"mean": mean, "low": mean - 0.1, "high": mean + 0.1} for name, mean in means.items()}
+        nothing = {"images": 0} | {name: {"mean": None, "low": None, "high": None} for name in means}
+        return {
+            "images": 9,
+            "without_objects": 1,
+            "bbox": {"res5": {"all": {"images": 9, **figures}, "large": nothing}},
+        }
+
+    (one,) = pointing_tables({"0": run(0.0)})
+    assert one.header[0] == "in an object's box"
+    assert one.rows[0] == [
+        *("res5, all", "9", "25.0", "30.0", "50.0", "50.0"),
+        *("+20.0 (+10.0 to +30.0)", "+25.0 (+15.0 to +35.0)", "1.500 (1.400 to 1.600)"),
+    ]
+    assert one.rows[1] == ["res5, large", "0", *["absent"] * 7]
+    (two,) = pointing_tables({"0": run(0.0), "1": run(0.2)})
+    # the standard deviation of two numbers is their distance over the root of 2
+    assert two.rows[0] == [
+        *("res5, all", "9", "25.0", "40.0 ± 14.1", "50.0 ± 0.0", "50.0 ± 0.0"),
+        *("+10.0 ± 14.1", "+25.0 ± 0.0", "1.600 ± 0.141"),
+    ]
 
 
 def test_compare_from_the_command_line(compared, sample, tmp_path, run_tool):

@@ -10,11 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..evaluation import METRICS
+from ..figures import COLORS
 from .statistics import TASK_NAMES, Measurement
 
-# Okabe and Ito's palette; the reference arm is grey.
+# The other arms have Okabe and Ito's palette.
 REFERENCE_COLOR = "#5a5a5a"
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _MARKERS = ("o", "s", "D", "^", "v", "P")
 # Large enough to be read at half the size.
 _STYLE = rc_context({"font.size": 13, "axes.titlesize": 14, "font.family": "DejaVu Sans"})

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .. import pointing
 from . import plots
 from .files import write_file, write_json
 from .gallery import SCORE, GalleryImage
@@ -59,11 +60,13 @@ class Extras:
     Attributes:
         curves: by arm and seed, what the run logged (``Run.curves``).
         galleries: by arm, the images on which it differs most from the reference.
+        pointing: by arm and seed, what :func:`sge_det.pointing.play` returns.
         provenance: what was compared, and with what: (name, value) pairs.
     """
 
     curves: plots.Curves = field(default_factory=dict)
     galleries: dict[str, list[GalleryImage]] = field(default_factory=dict)
+    pointing: dict[str, dict[str, dict]] = field(default_factory=dict)
     provenance: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -73,6 +76,7 @@ def write_report(output: Path, measurement: Measurement, extras: Extras) -> None
     Raises:
         UserError: they cannot be written.
     """
+    measurement.report["pointing"] = extras.pointing
     measurement.report["provenance"] = dict(extras.provenance)
     page = html_page(measurement, extras)
     write_file(output / "report.md", markdown(measurement.report))
@@ -87,6 +91,9 @@ def markdown(report: dict) -> str:
         parts += [f"## {TASK_NAMES[task].capitalize()} metrics", metric_table(report, task).markdown()]
     for name, by_seed in report["gates"].items():
         parts += [f"## Gates of {name}", gate_table(by_seed).markdown()]
+    for name, by_seed in report["pointing"].items():
+        parts += [f"## Pointing game of {name}", _pointing_explanation(by_seed)]
+        parts += [table.markdown() for table in pointing_tables(by_seed)]
     parts += ["## Made from", "\n".join(f"- {key}: {value}" for key, value in report.get("provenance", {}).items())]
     return "\n\n".join(parts) + "\n"
 
@@ -120,6 +127,25 @@ def gate_table(by_seed: dict[str, dict]) -> Table:
             numbers = [f"{found[key]['mean']:.4f} ± {found[key]['sd']:.4f}" for key in ("gamma", "beta", "gate")]
             rows.append([f"seed {seed}, {stage}", *numbers, f"{found['gate']['spatial_sd']:.4f}"])
     return Table(header, rows)
+
+
+def pointing_tables(by_seed: dict[str, dict]) -> list[Table]:
+    """The pointing game's figures of an arm by stage and size, a table for boxes and one for masks."""
+    runs = list(by_seed.values())
+    tables = []
+    for shape in pointing.SHAPES:
+        if shape in runs[0]:
+            rows = [
+                [f"{stage}, {size}", *pointing.pointing_row([run[shape][stage][size] for run in runs])]
+                for stage, sizes in runs[0][shape].items()
+                for size in sizes
+            ]
+            tables.append(Table([f"in an object's {pointing.SHAPES[shape]}", *pointing.HEADER], rows))
+    return tables
+
+
+def _pointing_explanation(by_seed: dict[str, dict]) -> str:
+    return pointing.EXPLANATION + (pointing.OVER_SEEDS if len(by_seed) > 1 else pointing.OVER_IMAGES)
 
 
 def _score(score: dict, several: bool) -> str:
@@ -171,6 +197,10 @@ def html_page(measurement: Measurement, extras: Extras) -> str:
             "Only what varies over a map is spatial attention; gates start constant, at sigmoid(beta).</p>"
         )
         parts.append(gate_table(by_seed).html())
+    for name, by_seed in report["pointing"].items():
+        parts.append(f"<h2>Pointing game of {html.escape(name)}</h2>")
+        parts.append(f"<p>{html.escape(_pointing_explanation(by_seed))}</p>")
+        parts += [table.html() for table in pointing_tables(by_seed)]
     for name, pictures in extras.galleries.items():
         parts += _gallery(report, name, pictures)
     parts.append("<h2>Made from</h2>")

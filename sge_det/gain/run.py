@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 import threading
@@ -16,6 +17,7 @@ from ..attention import gate_statistics
 from ..checkpoint import Checkpointer
 from ..data import build_test_loader
 from ..errors import UserError, user_errors
+from ..pointing import pointing_game
 from ..training import argument_parser, build_seeded_model, launch, setup_config, start_run, train
 from .files import write_json
 
@@ -33,20 +35,27 @@ def _train_and_record(args: argparse.Namespace) -> None:
     if not comm.is_main_process():
         return
     folder = Path(cfg.OUTPUT_DIR)
-    gates = _gates(cfg)
+    shown = _what_gates_show(cfg)
     for checkpoint in folder.glob("model_[0-9]*.pth*"):
         checkpoint.unlink()
     # the last file of a run, and what marks it as finished
-    record = {"schema": 1, "seconds": round(time.time() - start, 1), "results": results, "gates": gates}
+    record = {"schema": 1, "seconds": round(time.time() - start, 1), "results": results, **shown}
     write_json(folder / RESULT_FILE, record)
 
 
-def _gates(cfg: CfgNode) -> dict:
+def _what_gates_show(cfg: CfgNode) -> dict:
+    """The gates' statistics and the pointing game's figures on the validation images; empty without SGE."""
     if not cfg.MODEL.SGE.ENABLED or cfg.MODEL.SGE.ATTENTION != "sge":
-        return {}
+        return {"gates": {}, "pointing": {}}
     model = build_seeded_model(cfg)
     Checkpointer(model, cfg.OUTPUT_DIR, whole_model=True).resume_or_load("", resume=True)
-    return gate_statistics(model, build_test_loader(cfg, cfg.DATASETS.TEST[0], alone=True))
+    gates = gate_statistics(model, build_test_loader(cfg, cfg.DATASETS.TEST[0], alone=True))
+    try:
+        pointing = pointing_game(cfg, model)
+    except UserError as error:  # no objects to point at: no reason to lose the run
+        logging.getLogger(__name__).warning(f"the pointing game was not played: {error}")
+        pointing = {}
+    return {"gates": gates, "pointing": pointing}
 
 
 def import_modules(names: list[str]) -> None:
