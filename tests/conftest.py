@@ -1,6 +1,7 @@
 """Sample data and tiny configs that several test files share."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -50,3 +51,21 @@ def run_tool(tmp_path):
         )
 
     return run
+
+
+@pytest.fixture
+def call_tool(tmp_path, monkeypatch, capsys):
+    """Calls ``main`` of a script of tools/ in this process, which spares its start; returns what ``run_tool`` does."""
+
+    def call(name, *arguments):
+        monkeypatch.chdir(tmp_path)
+        tool = runpy.run_path(str(ROOT / "tools" / name))
+        code = 0
+        try:
+            tool["main"]([*map(str, arguments)])
+        except SystemExit as end:
+            code = end.code
+        printed = capsys.readouterr()
+        return subprocess.CompletedProcess(name, code, printed.out, printed.err)
+
+    return call

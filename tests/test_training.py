@@ -10,7 +10,16 @@ from detectron2.modeling import build_model
 
 import sge_det
 from sge_det.checkpoint import Checkpointer
-from sge_det.training import Trainer, build_seeded_model, evaluate, plain_twin, setup_config, train
+from sge_det.training import (
+    Trainer,
+    argument_parser,
+    build_seeded_model,
+    evaluate,
+    plain_twin,
+    setup_config,
+    start_run,
+    train,
+)
 
 FASTER = "sample/faster_rcnn_SGE_R_50_FPN.yaml"
 
@@ -160,6 +169,12 @@ def test_time_augmentation_and_expected_results_are_honoured(tmp_path, sample_da
     wrong += ["TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 150.0, 0.1]]"]
     with pytest.raises(SystemExit):
         evaluate(tiny_config(tmp_path, sample_datasets, *wrong))
+
+
+def test_an_output_folder_that_cannot_be_made_is_told(sample_datasets):
+    cfg = tiny_config("/dev/null/out", sample_datasets)
+    with pytest.raises(sge_det.UserError, match="OUTPUT_DIR /dev/null/out cannot be written"):
+        start_run(cfg, argument_parser().parse_args([]))
 
 
 def test_a_diverging_loss_is_told(tmp_path, sample_datasets):
