@@ -17,7 +17,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from detectron2.utils import comm
 
 from .checkpoint import check_weights_exist
-from .config import STAGES, find_config, load_config, sge_options
+from .config import ATTENTIONS, STAGES, find_config, load_config, optimizer_name, sge_options
 from .data import missing_images, use_datasets
 from .errors import UserError
 from .weights.convert import Coverage, coverage, in_backbone, model_shapes
@@ -128,6 +128,7 @@ def examine_settings(cfg: CfgNode, config_file: str = "", *, eval_only: bool = F
         *_duplicate_keys(config_file),
         *_mixed_precision(cfg),
         *_unregistered(cfg),
+        *_backbone_without_sge(cfg),
         *_groups(cfg),
         *_missing_weights(cfg),
         *([] if eval_only else _learning_rate(cfg)),
@@ -214,6 +215,21 @@ def _unregistered(cfg: CfgNode) -> list[Finding]:
     ]
 
 
+def _backbone_without_sge(cfg: CfgNode) -> list[Finding]:
+    name = cfg.MODEL.BACKBONE.NAME
+    own = name.replace("resnet", "sge_resnet")
+    if "sge" in name or own not in BACKBONE_REGISTRY or not sge_options(cfg).ENABLED:
+        return []
+    return [
+        Finding(
+            "warning",
+            "MODEL.BACKBONE.NAME",
+            f"{name} builds a plain ResNet whatever MODEL.SGE says",
+            f"set it to {own}, or MODEL.SGE.ENABLED False",
+        )
+    ]
+
+
 def _has_sge(cfg: CfgNode) -> bool:
     options = sge_options(cfg)
     return "sge" in cfg.MODEL.BACKBONE.NAME and options.ENABLED and options.ATTENTION == "sge"
@@ -247,7 +263,8 @@ def _missing_weights(cfg: CfgNode) -> list[Finding]:
 
 def _learning_rate(cfg: CfgNode) -> list[Finding]:
     solver = cfg.SOLVER
-    if not any(name.startswith("coco_") for name in cfg.DATASETS.TRAIN) or solver.IMS_PER_BATCH < 1:
+    is_recipe = any(name.startswith("coco_") for name in cfg.DATASETS.TRAIN) and optimizer_name(cfg) == "SGD"
+    if not is_recipe or solver.IMS_PER_BATCH < 1:
         return []
     base = _RETINANET_BASE_LR if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else _BASE_LR
     rule = base * solver.IMS_PER_BATCH / 16
@@ -317,10 +334,17 @@ def _weights(cfg: CfgNode) -> list[Finding]:
             return [
                 Finding("error", "MODEL.WEIGHTS", f"{path} is {source.description}, not Detectron2's format", remedy)
             ]
-        state = to_detectron2(source).state if source.kind == "caffe2" else source.state
+        state, filled = source.state, {}
+        if source.kind == "caffe2":
+            renamed = to_detectron2(source)
+            state, filled = renamed.state, renamed.filled
         fit = coverage(state, model_shapes(cfg), by_suffix=source.by_suffix)
     except UserError as error:
         return [_finding(error, "MODEL.WEIGHTS")]
+    norm = cfg.MODEL.RESNETS.NORM
+    if filled and norm != "FrozenBN":
+        problem = f"it is {norm or 'no norm'}, but {path} has norms without statistics, which FrozenBN alone can take"
+        return [Finding("error", "MODEL.RESNETS.NORM", problem, "set it to FrozenBN, or take other weights")]
     findings = _contradictions(cfg, source.recipe) + _coverage(cfg, source, fit)
     if not any(finding.severity == "error" for finding in findings) and source.kind and _has_sge(cfg):
         sge = {key: state[name] for key, name in fit.filled.items() if ".sge." in key}
@@ -337,41 +361,49 @@ def _contradictions(cfg: CfgNode, recipe: Recipe) -> list[Finding]:
 
 def _coverage(cfg: CfgNode, source: Source, fit: Coverage) -> list[Finding]:
     path = cfg.MODEL.WEIGHTS
-    groups = {key: shapes for key, shapes in fit.misshapen.items() if ".sge." in key}
+    groups = next((shapes for key, shapes in fit.misshapen.items() if ".sge." in key), None)
     if groups:
-        have, want = next(iter(groups.values()))
+        have, want = groups
+        if max(have) == max(want):
+            problem, remedy = f"{path} has SGE of the shape {have}", f"tools/convert_weights.py {path} OUTPUT.pth"
+            return [Finding("error", "MODEL.WEIGHTS", f"{problem}, the model of {want}", f"convert it: {remedy}")]
         problem = f"{path} has SGE of {max(have)} groups, the model of {max(want)}"
         return [Finding("error", "MODEL.SGE.GROUPS", problem, f"set MODEL.SGE.GROUPS {max(have)}")]
-    left_out = [key for key in fit.unused if ".sge." in key]
-    if left_out:
-        problem = f"{path} has SGE ({len(left_out)} tensors), the model has no place for it: it is left out"
-        remedy = "set MODEL.SGE.ENABLED True, MODEL.SGE.ATTENTION sge and all STAGES, or take plain weights"
-        return [Finding("warning", "MODEL.SGE", problem, remedy)]
-    attention = tuple(f".{name}." for name in ("sge", "se", "eca", "cbam"))
-
-    def is_own(key: str) -> bool:
-        return in_backbone(key) and not any(name in key for name in attention)
-
-    lacking = [key for key in fit.unfilled if is_own(key)]
+    attention = tuple(f".{name}." for name in ATTENTIONS)
+    everything = (*fit.filled, *fit.unfilled)
+    own = [key for key in everything if in_backbone(key) and not any(name in key for name in attention)]
+    lacking = [key for key in own if key not in fit.filled]
     if lacking and (source.kind or not fit.filled):
-        total = sum(map(is_own, (*fit.filled, *fit.unfilled)))
         shapes = "{} there and {} in the model".format(*fit.misshapen.get(lacking[0], ("absent", "wanted")))
         return [
             Finding(
                 "error",
                 "MODEL.WEIGHTS",
-                f"{path} fills {total - len(lacking)} of the {total} tensors of the backbone ({lacking[0]}: {shapes})",
+                f"{path} fills {len(own) - len(lacking)} of the {len(own)} tensors of the backbone "
+                f"({lacking[0]}: {shapes})",
                 "name the weights of this model, or set the config to theirs (MODEL.RESNETS.DEPTH, NORM)",
             )
         ]
-    heads = [key for key in fit.unfilled if not in_backbone(key)]
-    if heads and any(not in_backbone(key) for key in (*fit.filled, *fit.misshapen)):
-        problem = f"{path} fills {len(fit.filled)} of the {fit.total} tensors of the model: {heads[0]} starts at random"
-        if fit.misshapen:
-            key, (have, want) = next(iter(fit.misshapen.items()))
-            problem += f", {key} is {have} there and {want} in the model"
-        return [Finding("warning", "MODEL.WEIGHTS", problem, "see that this is meant (other classes for instance)")]
-    return []
+    findings = []
+    left_out = [key for key in fit.unused if ".sge." in key]
+    if left_out:
+        problem = f"{path} has SGE ({len(left_out)} tensors), the model has no place for it: it is left out"
+        remedy = "set MODEL.SGE.ENABLED True, MODEL.SGE.ATTENTION sge and all STAGES, or take plain weights"
+        findings.append(Finding("warning", "MODEL.SGE", problem, remedy))
+    # heads are not looked for in a backbone file, and SGE without any weights has a finding of its own
+    has_heads = any(not in_backbone(key) for key in (*fit.filled, *fit.misshapen))
+    is_plain = _has_sge(cfg) and not any(".sge." in key for key in fit.filled)
+    meant = [key for key in everything if (not (is_plain and ".sge." in key) if in_backbone(key) else has_heads)]
+    unfilled = [key for key in meant if key not in fit.filled]
+    if unfilled:
+        whole = "model" if has_heads else "backbone"
+        problem = f"{path} fills {len(meant) - len(unfilled)} of the {len(meant)} tensors of the {whole}: {unfilled[0]}"
+        if unfilled[0] in fit.misshapen:
+            have, want = fit.misshapen[unfilled[0]]
+            problem += f" is {have} there and {want} in the model, and"
+        remedy = "see that this is meant (other classes for instance)"
+        findings.append(Finding("warning", "MODEL.WEIGHTS", f"{problem} starts anew", remedy))
+    return findings
 
 
 def _plain(cfg: CfgNode, sge: dict[str, torch.Tensor]) -> list[Finding]:
@@ -400,7 +432,8 @@ def _frozen(cfg: CfgNode, sge: dict[str, torch.Tensor] | None) -> list[Finding]:
         return []
     frozen = [stage for stage in sge_options(cfg).STAGES if STAGES.index(stage) + 2 <= freeze_at]
     weights = [value for key, value in sge.items() if key.endswith("weight") and any(f".{s}." in key for s in frozen)]
-    if not frozen or any(bool(value.any()) for value in weights):
+    is_trained = any(bool(value.any()) for value in weights) and not sge_options(cfg).get("RESET", False)
+    if not frozen or is_trained:
         return []
     return [
         Finding(
@@ -422,13 +455,18 @@ def _sync_bn(cfg: CfgNode, processes: int) -> list[Finding]:
         "MODEL.ROI_MASK_HEAD.NORM": model.ROI_MASK_HEAD.NORM,
         "MODEL.RETINANET.NORM": model.RETINANET.NORM,
     }
-    return [
-        Finding(
-            "warning", key, f"{norm} in one process is BN, of few images", f"set {key} BN or FrozenBN, or use more GPUs"
-        )
-        for key, norm in norms.items()
-        if "SyncBN" in norm and processes == 1
-    ]
+    sync = {key: norm for key, norm in norms.items() if "SyncBN" in norm}
+    if processes == 1:
+        remedy = "set {} BN or FrozenBN, or use more GPUs"
+        return [
+            Finding("warning", key, f"{norm} in one process is BN, of few images", remedy.format(key))
+            for key, norm in sync.items()
+        ]
+    if model.DEVICE != "cpu" and torch.cuda.is_available():
+        return []
+    remedy = "set {} BN or FrozenBN"
+    torchs = {key: norm for key, norm in sync.items() if not norm.startswith("naive")}  # Detectron2's own runs anywhere
+    return [Finding("error", key, f"{norm} needs GPUs", remedy.format(key)) for key, norm in torchs.items()]
 
 
 def _resume(cfg: CfgNode) -> list[Finding]:
