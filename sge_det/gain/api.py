@@ -35,15 +35,19 @@ def measure_gain(matrix: Matrix, *, jobs: int = 1, bootstrap: int = 1000) -> Mea
     extras = Extras()
     for run in matrix.runs:
         extras.curves.setdefault(run.arm.name, {})[run.seed] = run.curves()
-        stages = run.result()["gates"]
-        if stages:
-            gates.setdefault(run.arm.name, {})[run.seed] = stages
+        result = run.result()
+        if result["gates"]:
+            gates.setdefault(run.arm.name, {})[run.seed] = result["gates"]
+        if result.get("pointing"):
+            extras.pointing.setdefault(run.arm.name, {})[str(run.seed)] = result["pointing"]
     measurement = measure(truth, files, seeds=matrix.seeds, bootstrap=bootstrap, gates=gates)
     cfg = matrix.config
+    caveats = [caveat for caveat in (arm.caveat(cfg) for arm in matrix.arms) if caveat]
+    measurement.report["verdict"] = "\n".join([measurement.report["verdict"], *caveats])
     minutes = sum(run.result()["seconds"] for run in matrix.runs) / 60
     extras.provenance = [
         ("config", matrix.config_file),
-        *((f"arm {arm.name}", " ".join(arm.overrides) or "the config as it is") for arm in matrix.arms),
+        *((f"arm {arm.name}", arm.describe(cfg)) for arm in matrix.arms),
         ("overrides of all arms", " ".join(matrix.overrides) or "none"),
         ("training set", ", ".join(cfg.DATASETS.TRAIN)),
         ("validation set", f"{cfg.DATASETS.TEST[0]} ({matrix.annotation_file})"),

@@ -9,8 +9,11 @@ from detectron2.config import CfgNode
 from ..checkpoint import check_weights_exist
 from ..config import ATTENTIONS, merge_overrides, sge_options
 from ..errors import UserError
+from ..weights import read_source, transplant_state
+from ..weights.mapping import to_detectron2
 
-BUILT_IN = ("plain", "sge", "sge-fixed", *(name for name in ATTENTIONS if name != "sge"))
+TRANSPLANT = "sge-transplant"
+BUILT_IN = ("plain", "sge", "sge-fixed", TRANSPLANT, *(name for name in ATTENTIONS if name != "sge"))
 
 
 @dataclass(frozen=True)
@@ -20,10 +23,30 @@ class Arm:
     Attributes:
         name: also its folder's name.
         overrides: KEY VALUE KEY VALUE ..., over the config that all arms share.
+        transplants: the arm whose weights, transplanted, this one starts from; None: it starts from ``MODEL.WEIGHTS``.
+            They are that arm's start weights if it has any, otherwise its final ones of the same seed.
     """
 
     name: str
     overrides: tuple[str, ...] = ()
+    transplants: "Arm | None" = None
+
+    def describe(self, cfg: CfgNode) -> str:
+        """The arm in words: its overrides and, where they are another arm's, its start weights."""
+        text = " ".join(self.overrides) or "the config as it is"
+        if self.transplants is None:
+            return text
+        whose = "start" if self.transplants.config(cfg).MODEL.WEIGHTS else "final"
+        return f"{text}, from the transplanted {whose} weights of {self.transplants.name}"
+
+    def caveat(self, cfg: CfgNode) -> str:
+        """What must be known to read a difference from the reference; empty for most arms."""
+        if self.transplants is None or self.transplants.config(cfg).MODEL.WEIGHTS:
+            return ""
+        return (
+            f"{self.name} went on from the final weights of {self.transplants.name}, so that its weights were trained "
+            f"for twice the {cfg.SOLVER.MAX_ITER} iterations: longer training alone may explain a difference."
+        )
 
     def config(self, cfg: CfgNode) -> CfgNode:
         """``cfg`` with the overrides of this arm.
@@ -51,7 +74,8 @@ def choose_arms(cfg: CfgNode, names: Sequence[str], custom: Sequence[Sequence[st
         custom: (NAME, KEY, VALUE, ...) for each arm of one's own; one that is not in ``names`` comes after them.
 
     Raises:
-        UserError: a name that is unknown, unfit for a folder or given twice; fewer than two arms; two equal arms.
+        UserError: a name that is unknown, unfit for a folder or given twice; fewer than two arms; two equal arms; a
+            transplant from a reference that has SGE.
     """
     own = {}
     for name, *overrides in custom:
@@ -72,9 +96,11 @@ def choose_arms(cfg: CfgNode, names: Sequence[str], custom: Sequence[Sequence[st
     if len(order) < 2:
         raise UserError("a comparison needs at least two arms, the first is the reference: --arms plain sge")
     arms = [own[name] if name in own else _built_in(name, cfg) for name in order]
+    if TRANSPLANT in order:
+        arms[order.index(TRANSPLANT)] = _transplant(arms[0], cfg)
     seen = {}
     for arm in arms:
-        same = seen.setdefault(arm.config(cfg).dump(), arm)
+        same = seen.setdefault((arm.config(cfg).dump(), arm.transplants), arm)
         if same is not arm:
             raise UserError(f"the arms {same.name} and {arm.name} are the same config: there is nothing to compare")
     return arms
@@ -86,7 +112,27 @@ def _built_in(name: str, cfg: CfgNode) -> Arm:
     attention = name.removesuffix("-fixed")
     overrides = ("MODEL.SGE.ENABLED", "True", "MODEL.SGE.ATTENTION", attention)
     if name == "sge-fixed":
-        # with a weight of 0 the gates are constant, and a learning rate of 0 keeps them so
+        # with a weight of 0 the gates are constant, and a learning rate of 0 keeps them so; start weights may hold
+        # others, which would be attention
         bias = sge_options(cfg).INIT[1]
-        overrides += ("MODEL.SGE.LR_FACTOR", "0.0", "MODEL.SGE.INIT", f"[0.0, {bias}]")
+        overrides += ("MODEL.SGE.LR_FACTOR", "0.0", "MODEL.SGE.INIT", f"[0.0, {bias}]", "MODEL.SGE.RESET", "True")
     return Arm(name, overrides)
+
+
+def _transplant(reference: Arm, cfg: CfgNode) -> Arm:
+    if reference.name == TRANSPLANT:
+        raise UserError(f"{TRANSPLANT} starts from the reference arm's weights: name that one first, --arms plain ...")
+    theirs = reference.config(cfg)
+    if "sge" in theirs.MODEL.BACKBONE.NAME and sge_options(theirs).ENABLED:
+        raise UserError(
+            f"{TRANSPLANT} starts from the reference arm's weights, but {reference.name} has an attention already: "
+            "let a plain arm be the first"
+        )
+    # later overrides win: the two differ in the attention alone
+    overrides = (*reference.overrides, "MODEL.SGE.ENABLED", "True", "MODEL.SGE.ATTENTION", "sge")
+    arm = Arm(TRANSPLANT, overrides, reference)
+    weights = theirs.MODEL.WEIGHTS
+    if weights and "://" not in weights:
+        # what cannot be transplanted is told now, not when the run's turn has come
+        transplant_state(to_detectron2(read_source(weights)).state, arm.config(cfg), weights)
+    return arm

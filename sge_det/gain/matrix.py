@@ -25,11 +25,13 @@ from .. import __version__
 from ..config import find_config
 from ..errors import UserError
 from ..training import setup_config
+from ..weights import transplant_file
 from .arms import Arm, choose_arms
 from .files import cannot_write, disk_full, is_disk_full, write_json
 from .run import RESULT_FILE, import_modules
 
 FINGERPRINT_FILE = "fingerprint.json"
+START_FILE = "start.pth"
 # They say where and how fast a run goes, not what comes out of it.
 _FREE_KEYS = (
     *("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD", "VIS_PERIOD"),
@@ -72,7 +74,9 @@ class Run:
 
     Attributes:
         config: the resolved config.
-        data: content hashes of the data sets and the weights, by name.
+        command: the arguments of :mod:`.run`.
+        fingerprint: the config, the data sets and the versions that it is made from.
+        reference: the run whose weights, transplanted, it starts from.
     """
 
     arm: Arm
@@ -81,6 +85,7 @@ class Run:
     config: CfgNode
     command: list[str]
     fingerprint: dict = field(repr=False)
+    reference: "Run | None" = None
 
     @property
     def name(self) -> str:
@@ -89,6 +94,32 @@ class Run:
     @property
     def finished(self) -> bool:
         return (self.folder / RESULT_FILE).is_file()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the weights that it starts from are there."""
+        return self.reference is None or bool(self.reference.config.MODEL.WEIGHTS) or self.reference.finished
+
+    @property
+    def start(self) -> Path:
+        """The transplanted weights that it starts from, if it is of an arm that does."""
+        return self.folder / START_FILE
+
+    def make_start(self) -> None:
+        """Transplants the weights of its reference, unless that has been done.
+
+        Raises:
+            UserError: they are not there, or cannot be transplanted.
+        """
+        if self.reference is None or self.start.is_file():
+            return
+        weights = self.reference.config.MODEL.WEIGHTS or str(self.reference.folder / "model_final.pth")
+        if "://" not in weights and not Path(weights).is_file():
+            raise UserError(
+                f"{self.name} starts from {weights}, which is not there: remove {self.reference.folder / RESULT_FILE} "
+                "and run the same command again to train it anew"
+            )
+        transplant_file(weights, str(self.start), cfg=self.config)
 
     @property
     def iterations(self) -> int:
@@ -118,7 +149,7 @@ class Run:
         return self.folder / "inference" / "coco_instances_results.json"
 
     def result(self) -> dict:
-        """What the finished run recorded: ``{"schema", "seconds", "results", "gates"}``."""
+        """What the finished run recorded: ``{"schema", "seconds", "results", "gates", "pointing"}``."""
         return json.loads((self.folder / RESULT_FILE).read_text())
 
     def curves(self) -> dict[str, list[tuple[int, float]]]:
@@ -219,6 +250,7 @@ class Matrix:
                 cfg = arm.config(self.config)
                 cfg.SEED, cfg.OUTPUT_DIR = seed, str(folder)
                 own = ["OUTPUT_DIR", str(folder), "SEED", str(seed)]
+                reference = self.runs[-self.arms.index(arm)] if arm.transplants else None
                 command = ["--config-file", config_file, "--num-gpus", str(launch.num_gpus)]
                 command += ["--num-machines", str(launch.num_machines), "--machine-rank", str(launch.machine_rank)]
                 command += ["--dist-url", launch.dist_url]
@@ -231,7 +263,11 @@ class Matrix:
                     "version": {"sge_det": __version__, "torch": torch.__version__.split("+")[0]},
                     "processes": launch.num_gpus * launch.num_machines,
                 }
-                self.runs.append(Run(arm, seed, folder, cfg, command, fingerprint))
+                if reference is not None:
+                    fingerprint["start"] = reference.fingerprint["config"]
+                    cfg.MODEL.WEIGHTS = str(folder / START_FILE)
+                    command += ["MODEL.WEIGHTS", cfg.MODEL.WEIGHTS]
+                self.runs.append(Run(arm, seed, folder, cfg, command, fingerprint, reference))
         for run in self.runs:
             run.check()
 
@@ -298,6 +334,8 @@ class Matrix:
             if run.finished:
                 pending.remove(run)
                 continue
+            if not run.is_ready or not (self.launch.is_main or run.reference is None or run.start.is_file()):
+                continue
             lock = None
             try:
                 run.folder.mkdir(parents=True, exist_ok=True)
@@ -317,6 +355,7 @@ class Matrix:
                 run.check()
                 if self.launch.is_main:
                     write_json(run.folder / FINGERPRINT_FILE, run.fingerprint)
+                    run.make_start()
                 process = _Process(run, lock, self.launch, slot, jobs)
             except BaseException:
                 if lock:
@@ -459,12 +498,14 @@ def _flat(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _differences(found: dict, wanted: dict) -> Iterator[str]:
-    for part in ("config", "content", "version"):
-        there, here = found.get(part, {}), wanted[part]
+    for part in ("config", "start", "content", "version"):
+        there, here = found.get(part, {}), wanted.get(part, {})
         for key in [*here, *(key for key in there if key not in here)]:
             if there.get(key) != here.get(key):
                 if part == "content":
                     yield f"another content of {key}"
+                elif part == "start":
+                    yield f"weights of a run with {key} {there.get(key, 'absent')}, here {here.get(key, 'absent')}"
                 else:
                     yield f"{key} {there.get(key, 'absent')}, this command has {here.get(key, 'absent')}"
     if found.get("processes") != wanted["processes"]:
