@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import sge_det
@@ -184,4 +185,9 @@ def test_gates_are_logged_in_their_period(trained):
     wanted = {f"sge/{stage}_{name}" for stage in sge_det.config.STAGES for name in [*names, "gate_spatial_sd"]}
     assert {key for key in record if key.startswith("sge/")} == wanted
     assert record["sge/res2_gate_mean"] == pytest.approx(1 / (1 + np.exp(-1)), abs=0.01)
-    assert trained[2][2]
+    (events,) = trained[2][2]
+    accumulator = EventAccumulator(str(events))
+    accumulator.Reload()
+    assert wanted <= set(accumulator.Tags()["scalars"])
+    (event,) = accumulator.Scalars("sge/res5_gate_sd")
+    assert event.value == pytest.approx(record["sge/res5_gate_sd"], abs=1e-6)
