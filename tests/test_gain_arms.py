@@ -9,7 +9,7 @@ from sge_det.attention import gate_statistics
 from sge_det.data import build_train_loader
 from sge_det.gain import choose_arms
 from sge_det.gain.arms import BUILT_IN
-from sge_det.training import build_seeded_model, setup_config
+from sge_det.training import Trainer, build_seeded_model, setup_config
 
 FASTER = "sample/faster_rcnn_SGE_R_50_FPN.yaml"
 
@@ -44,6 +44,25 @@ def test_all_arms_share_the_data_order(models):
         for ours, theirs in zip(found, batches["plain"]):
             assert [example["file_name"] for example in ours] == [example["file_name"] for example in theirs]
             assert all(torch.equal(a["image"], b["image"]) for a, b in zip(ours, theirs))
+
+
+def test_sge_fixed_starts_with_constant_gates_whatever_its_weights_hold(cfg, models, tmp_path):
+    trained = models["sge"][1].state_dict()
+    assert any(value.any() for key, value in trained.items() if key.endswith("sge.weight"))
+    torch.save({"model": trained}, tmp_path / "trained.pth")
+    base = cfg.clone()
+    base.MODEL.WEIGHTS, base.OUTPUT_DIR = str(tmp_path / "trained.pth"), str(tmp_path)
+    arms = {arm.name: arm.config(base) for arm in choose_arms(base, ["sge", "sge-fixed"])}
+    start = {}
+    for name, config in arms.items():
+        trainer = Trainer(config)
+        trainer.resume_or_load(resume=False)
+        start[name] = trainer.model.state_dict()
+    for key, value in start["sge-fixed"].items():
+        if ".sge." in key:
+            assert torch.equal(value, torch.full_like(value, 0.0 if key.endswith("weight") else 0.5))
+        else:
+            assert torch.equal(value, start["sge"][key])
 
 
 def test_sge_fixed_holds_its_gates(models):

@@ -7,8 +7,8 @@ from pycocotools import mask as mask_utils
 
 from sge_det import UserError
 from sge_det.gain import compare_results, t_interval
-from sge_det.gain.gallery import hits
-from sge_det.gain.statistics import GroundTruth, constant_gates, measure
+from sge_det.gain.gallery import hits, most_different
+from sge_det.gain.statistics import GroundTruth, Measurement, constant_gates, measure
 
 CATEGORIES = [{"id": 3, "name": "cup"}, {"id": 7, "name": "spoon"}, {"id": 8, "name": "fork"}]
 
@@ -172,6 +172,18 @@ def test_an_empty_file_is_a_detector_without_detections(tmp_path):
         assert report["arms"]["b"][task]["AP"]["values"] == pytest.approx([100, 0])
     with pytest.raises(UserError, match=r"boxes\.json has no masks, but others have"):
         measure(GroundTruth(tmp_path / "truth.json"), {"a": [some], "b": [boxes]}, bootstrap=0)
+
+
+def test_the_gallery_takes_the_images_that_differ_in_the_mean_and_the_seed_that_shows_it(truth_file):
+    truth = GroundTruth(truth_file)
+    same = dict.fromkeys(range(12), 0.5)
+    scores = {
+        "plain": [same | {3: 0.0, 4: 1.0, 5: 1.0}, same | {3: 0.4, 4: 1.0, 5: 0.0}],
+        # image 3: +0.2 and +0.6; image 4: -1 and -0.5; image 5: -1 and +1, no difference in the mean
+        "sge": [same | {3: 0.2, 4: 0.0, 5: 0.0}, same | {3: 1.0, 4: 0.5, 5: 1.0}],
+    }
+    measurement = Measurement({"reference": "plain", "tasks": ["bbox"]}, image_scores={"bbox": scores})
+    assert most_different(measurement, "sge", truth, 2) == [(4, 0), (3, 1)]
 
 
 def test_hits_meet_each_object_once():

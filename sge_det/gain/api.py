@@ -102,11 +102,8 @@ def _draw_galleries(
     files: Mapping[str, Sequence[str | Path]],
     image_root: Path,
 ) -> None:
-    reference = measurement.report["reference"]
-    theirs = truth.read_detections(files[reference][0])
     for name in measurement.report["differences"]:
-        ours = truth.read_detections(files[name][0])
-        extras.galleries[name] = gallery(measurement, name, truth, image_root, (theirs, ours))
+        extras.galleries[name] = gallery(measurement, name, truth, image_root, files)
 
 
 def _versions() -> list[tuple[str, str]]:

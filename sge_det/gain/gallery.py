@@ -1,7 +1,8 @@
 """The validation images on which two arms differ most: ground truth, reference and arm side by side."""
 
+import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from .statistics import GroundTruth, Measurement
 SCORE = 0.5
 _PANEL = 380  # pixels, the longer side of each of the three
 _GAP, _HEAD = 8, 26  # pixels
+_MASK_ALPHA = 110  # of 255
 _OBJECT, _HIT, _FALSE = "#009e73", "#0072b2", "#d55e00"
 _FONT = str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))  # comes with matplotlib
 
@@ -26,23 +28,39 @@ class GalleryImage:
     """One picture of the gallery.
 
     Attributes:
-        reference, arm: AP50 of the image in points (0-100), mean over the seeds.
+        seed: of the detections that are drawn.
+        reference, arm: AP50 of the image by seed, in points (0-100).
+        place: the place of ``seed`` among them.
         png: the three panels.
     """
 
     file_name: str
-    reference: float
-    arm: float
+    seed: int
+    reference: list[float]
+    arm: list[float]
+    place: int
     png: bytes
 
 
-def most_different(measurement: Measurement, task: str, name: str, truth: GroundTruth, count: int) -> list[int]:
-    """The ids of the ``count`` images with objects on which the AP50 of an arm differs most from the reference's."""
-    reference = measurement.image_scores[task][measurement.report["reference"]]
-    arm = measurement.image_scores[task][name]
-    with_objects = {entry["image_id"] for entry in truth.annotations if not entry.get("iscrowd")}
-    images = [image for image in sorted(with_objects) if image in arm and image in reference]
-    return sorted(images, key=lambda image: -abs(arm[image] - reference[image]))[:count]
+def most_different(measurement: Measurement, name: str, truth: GroundTruth, count: int) -> list[tuple[int, int]]:
+    """The images with objects whose AP50, mean over the seeds, differs most between an arm and the reference.
+
+    Returns:
+        ``count`` pairs at most: the image's id, and the place of the seed that shows the difference most clearly.
+    """
+    arms = measurement.image_scores[measurement.report["tasks"][0]]
+    pairs = list(zip(arms[name], arms[measurement.report["reference"]]))
+    with_objects = sorted({entry["image_id"] for entry in truth.annotations if not entry.get("iscrowd")})
+    by_seed = {
+        image: [ours[image] - theirs[image] for ours, theirs in pairs]
+        for image in with_objects
+        if all(image in ours and image in theirs for ours, theirs in pairs)
+    }
+    chosen = sorted(by_seed, key=lambda image: -abs(sum(by_seed[image])))[:count]
+    return [
+        (image, max(range(len(pairs)), key=lambda place: by_seed[image][place] * sum(by_seed[image])))
+        for image in chosen
+    ]
 
 
 def gallery(
@@ -50,7 +68,7 @@ def gallery(
     name: str,
     truth: GroundTruth,
     image_root: Path,
-    detections: tuple[Sequence[dict], Sequence[dict]],
+    files: Mapping[str, Sequence[str | Path]],
     count: int = 6,
 ) -> list[GalleryImage]:
     """Draws the images on which an arm differs most from the reference.
@@ -58,46 +76,53 @@ def gallery(
     Args:
         name: the arm.
         image_root: the folder of the validation images.
-        detections: of the reference and of the arm, of one seed.
+        files: the result files by arm, in the order of the seeds.
         count: pictures at most.
 
     Raises:
         UserError: an image cannot be read.
     """
     report = measurement.report
-    task = report["tasks"][0]
+    arms = (report["reference"], name)
+    scores = measurement.image_scores[report["tasks"][0]]
+    chosen = most_different(measurement, name, truth, count)
+    found = {
+        (arm, place): _shown(truth.read_detections(files[arm][place]), [image for image, of in chosen if of == place])
+        for arm in arms
+        for place in {place for _, place in chosen}
+    }
     pictures = []
-    for image_id in most_different(measurement, task, name, truth, count):
+    for image_id, place in chosen:
         info = truth.images[image_id]
         path = image_root / info["file_name"]
         try:
             photo = Image.open(path).convert("RGB")
         except OSError as error:
             raise UserError(f"the image {path} cannot be read: {error}") from error
-        scale = _PANEL / max(photo.size)
-        photo = photo.resize((round(photo.width * scale), round(photo.height * scale)), Image.Resampling.LANCZOS)
+        draw = functools.partial(_panel, photo, size=(info["width"], info["height"]), masks="segm" in report["tasks"])
         entries = truth.annotations_of(image_id)
-        marks = [
-            (_OBJECT, False, truth.categories[entry["category_id"]], entry)
-            for entry in entries
-            if not entry.get("iscrowd")
-        ]
-        panels = [_panel(photo, "ground truth", marks, scale)]
-        for title, found in zip((report["reference"], name), detections):
-            shown = [entry for entry in found if entry["image_id"] == image_id and entry["score"] >= SCORE]
-            marks = []
-            for entry, hit in zip(shown, hits(shown, entries)):
-                label = f"{truth.categories[entry['category_id']]} {entry['score']:.2f}"
-                marks.append((_HIT if hit else _FALSE, not hit, label, entry))
-            panels.append(_panel(photo, title, marks, scale))
+        objects = [entry for entry in entries if not entry.get("iscrowd")]
+        panels = [draw("ground truth", [_Mark(_OBJECT, truth.categories[e["category_id"]], e) for e in objects])]
+        for arm in arms:
+            shown = [entry for entry in found[arm, place] if entry["image_id"] == image_id]
+            marks = [
+                _Mark(_HIT if hit else _FALSE, f"{truth.categories[e['category_id']]} {e['score']:.2f}", e, not hit)
+                for e, hit in zip(shown, hits(shown, entries))
+            ]
+            panels.append(draw(arm, marks))
         sheet = Image.new("RGB", (sum(p.width + _GAP for p in panels) - _GAP, panels[0].height), "white")
-        for place, panel in enumerate(panels):
-            sheet.paste(panel, (place * (panel.width + _GAP), 0))
+        for number, panel in enumerate(panels):
+            sheet.paste(panel, (number * (panel.width + _GAP), 0))
         buffer = io.BytesIO()
         sheet.save(buffer, "PNG", optimize=True)
-        scores = [measurement.image_scores[task][arm][image_id] * 100 for arm in (report["reference"], name)]
-        pictures.append(GalleryImage(info["file_name"], *scores, buffer.getvalue()))
+        reference, own = ([by_image[image_id] * 100 for by_image in scores[arm]] for arm in arms)
+        seed = report["seeds"][place]
+        pictures.append(GalleryImage(info["file_name"], seed, reference, own, place, buffer.getvalue()))
     return pictures
+
+
+def _shown(detections: Sequence[dict], images: Sequence[int]) -> list[dict]:
+    return [entry for entry in detections if entry["image_id"] in images and entry["score"] >= SCORE]
 
 
 def hits(detections: Sequence[dict], objects: Sequence[dict]) -> list[bool]:
@@ -127,26 +152,78 @@ def hits(detections: Sequence[dict], objects: Sequence[dict]) -> list[bool]:
     return result
 
 
-def _panel(photo: Image.Image, title: str, marks: Sequence[tuple[str, bool, str, dict]], scale: float) -> Image.Image:
-    """A photo with its title and its boxes: (colour, dashed, label, entry in COCO's format)."""
-    panel = Image.new("RGB", (photo.width, photo.height + _HEAD), "white")
-    photo = photo.copy()
+@dataclass(frozen=True)
+class _Mark:
+    """What is drawn of an object or a detection: an entry in COCO's format."""
+
+    color: str
+    label: str
+    entry: dict
+    dashed: bool = False
+
+
+def _panel(
+    photo: Image.Image, title: str, marks: Sequence[_Mark], *, size: tuple[int, int], masks: bool
+) -> Image.Image:
+    """A photo with its title, its boxes and its masks; ``size``: width and height that the marks are in."""
+    scale = _PANEL / max(photo.size)
+    photo = photo.resize((round(photo.width * scale), round(photo.height * scale)), Image.Resampling.LANCZOS)
+    if masks:
+        for mark in marks:
+            shape = Image.fromarray(_mask(mark.entry, *size) * _MASK_ALPHA).resize(photo.size)
+            photo.paste(Image.new("RGB", photo.size, mark.color), mask=shape)
     draw = ImageDraw.Draw(photo)
-    font = _font(14)
-    for color, dashed, _, entry in marks:
-        x, y, width, height = (value * scale for value in entry["bbox"])
-        _box(draw, (x, y, x + width, y + height), color, dashed)
-    for color, _, label, entry in marks:
-        x, y = entry["bbox"][0] * scale, entry["bbox"][1] * scale
-        left, top, right, bottom = draw.textbbox((0, 0), label, font=font)
-        width, height = right - left + 6, bottom - top + 5
-        x = min(max(x, 0), photo.width - width)
-        y = y - height if y >= height else y
-        draw.rectangle((x, y, x + width, y + height), fill=color)
-        draw.text((x + 3 - left, y + 2 - top), label, fill="white", font=font)
+    scale = photo.width / size[0]
+    for mark in marks:
+        x, y, width, height = (value * scale for value in mark.entry["bbox"])
+        _box(draw, (x, y, x + width, y + height), mark.color, mark.dashed)
+    taken: list[tuple[float, float, float, float]] = []
+    for mark in sorted(marks, key=lambda mark: mark.entry["bbox"][2] * mark.entry["bbox"][3]):
+        _label(draw, mark, [value * scale for value in mark.entry["bbox"]], photo.size, taken)
+    panel = Image.new("RGB", (photo.width, photo.height + _HEAD), "white")
     panel.paste(photo, (0, _HEAD))
     ImageDraw.Draw(panel).text((0, 3), title, fill="black", font=_font(17))
     return panel
+
+
+def _mask(entry: dict, width: int, height: int) -> np.ndarray:
+    """The mask of an entry in COCO's format, uint8 (height, width); all 0 where it has none."""
+    shape = entry.get("segmentation")
+    if not shape:
+        return np.zeros((height, width), np.uint8)
+    if isinstance(shape, list):
+        shape = mask_utils.merge(mask_utils.frPyObjects(shape, height, width))
+    elif isinstance(shape["counts"], list):
+        shape = mask_utils.frPyObjects(shape, height, width)
+    return mask_utils.decode(shape)
+
+
+def _label(draw: ImageDraw.ImageDraw, mark: _Mark, box: Sequence[float], size: tuple[int, int], taken: list) -> None:
+    """Writes the label of a mark at a corner of its box, at the first where no other label is (``taken``)."""
+    font = _font(14)
+    left, top, right, bottom = draw.textbbox((0, 0), mark.label, font=font)
+    width, height = right - left + 6, bottom - top + 5
+    x, y, box_width, box_height = box
+    corners = [
+        (across, down)
+        for down in (y - height, y, y + box_height - height, y + box_height)
+        for across in (x, x + box_width - width)
+    ]
+    corners = [(min(max(across, 0), size[0] - width), min(max(down, 0), size[1] - height)) for across, down in corners]
+
+    def is_free(corner: tuple[float, float]) -> bool:
+        return not any(
+            corner[0] < other[2]
+            and other[0] < corner[0] + width
+            and corner[1] < other[3]
+            and other[1] < corner[1] + height
+            for other in taken
+        )
+
+    x, y = next(filter(is_free, corners), corners[0])
+    taken.append((x, y, x + width, y + height))
+    draw.rectangle(taken[-1], fill=mark.color)
+    draw.text((x + 3 - left, y + 2 - top), mark.label, fill="white", font=font)
 
 
 def _box(draw: ImageDraw.ImageDraw, corners: tuple[float, float, float, float], color: str, dashed: bool) -> None:

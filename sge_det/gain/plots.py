@@ -115,7 +115,8 @@ def ap_by_arm(report: dict) -> bytes:
             ax.plot([place] * values.shape[1], values[place], marker, color=color, ms=9, mec="white", mew=0.8, zorder=3)
             mean = values[place].mean()
             ax.plot([place - 0.22, place + 0.22], [mean, mean], color=color, lw=3, zorder=2)
-            ax.annotate(f"{mean:.1f}", (place + 0.25, mean), va="center", color=color)
+            behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1}
+            ax.annotate(f"{mean:.1f}", (place + 0.25, mean), va="center", color=color, bbox=behind)
         ax.set_xticks(range(len(names)), names)
         ax.set_xlim(-0.5, len(names) - 0.25)
         ax.set_ylabel(f"{TASK_NAMES[task]} AP (points)")
@@ -210,6 +211,7 @@ def precision_recall(measurement: Measurement) -> bytes:
 
 def _figure(height: float, columns: int, rows: int = 1, **shared) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(_WIDTH if columns > 1 else 0.7 * _WIDTH, height), dpi=_DPI, layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06)  # else the last number of an axis meets the first of the next
     axes = figure.subplots(rows, columns, squeeze=False, **shared)
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)

@@ -7,13 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from .. import pointing
+from ..evaluation import METRICS
 from . import plots
 from .files import write_file, write_json
 from .gallery import SCORE, GalleryImage
 from .statistics import TASK_NAMES, Measurement
 
 ABSENT = "absent"
+# Tables of more categories are folded in the page.
+_FEW_CATEGORIES = 20
 
 _CSS = """
 body { font: 16px/1.5 "DejaVu Sans", Verdana, sans-serif; color: #1a1a1a; max-width: 1060px; margin: 2em auto;
@@ -26,6 +31,7 @@ th, td { padding: .25em .65em; text-align: right; border-bottom: 1px solid #ddd;
 th { border-bottom: 2px solid #888 } th:first-child, td:first-child { text-align: left }
 .wide { overflow-x: auto }
 img { max-width: 100%; display: block; margin: 1em 0 .2em }
+summary { cursor: pointer }
 figure { margin: 1.2em 0 } figcaption, .note { color: #444; font-size: .9em }
 """
 
@@ -98,8 +104,8 @@ def markdown(report: dict) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def metric_table(report: dict, task: str) -> Table:
-    """The metrics of all arms and their differences from the reference, in points."""
+def metric_table(report: dict, task: str, metrics: Sequence[str] | None = None) -> Table:
+    """The metrics of all arms and their differences from the reference, in points; all ``metrics`` by default."""
     names, several = list(report["arms"]), len(report["seeds"]) > 1
     has_interval = several or report["bootstrap_samples"] > 0
     header = ["metric", *names]
@@ -107,7 +113,7 @@ def metric_table(report: dict, task: str) -> Table:
         header.append("difference" if len(names) == 2 else f"{name} - {report['reference']}")
         header += ["95% interval"] if has_interval else []
     rows = []
-    for metric in report["arms"][report["reference"]][task]:
+    for metric in report["arms"][report["reference"]][task] if metrics is None else metrics:
         row = [metric] + [_score(report["arms"][name][task][metric], several) for name in names]
         for differences in report["differences"].values():
             difference = differences[task][metric]
@@ -176,13 +182,18 @@ def html_page(measurement: Measurement, extras: Extras) -> str:
     caption = f"Difference from {report['reference']}. Bars: {plots.interval_name(report)}.{many}"
     parts.append(_figure(plots.forest(report), "Differences with their intervals", caption))
     for task in report["tasks"]:
-        parts += [f"<h2>{TASK_NAMES[task].capitalize()} metrics</h2>", metric_table(report, task).html()]
+        parts += [f"<h2>{TASK_NAMES[task].capitalize()} metrics</h2>", metric_table(report, task, list(METRICS)).html()]
     parts.append("<h2>Arms and seeds</h2>")
     caption = "AP of each run; bars are means, thin lines join the runs of a seed."
     parts.append(_figure(plots.ap_by_arm(report), "AP per arm, every seed as a dot", caption))
     parts.append("<h2>Categories</h2>")
     caption = f"AP difference from {report['reference']} by category.{many}"
     parts.append(_figure(plots.category_differences(report), "Differences by category", caption))
+    for task in report["tasks"]:
+        by_category = [metric for metric in report["arms"][report["reference"]][task] if metric not in METRICS]
+        is_open = " open" if len(by_category) <= _FEW_CATEGORIES else ""
+        parts.append(f"<details{is_open}><summary>{TASK_NAMES[task].capitalize()} AP by category</summary>")
+        parts.append(metric_table(report, task, by_category).html() + "</details>")
     if extras.curves:
         parts.append("<h2>Learning curves</h2>")
         caption = "A line for each run. The loss is the median over the iterations since the last point."
@@ -214,14 +225,21 @@ def html_page(measurement: Measurement, extras: Extras) -> str:
 
 def _gallery(report: dict, name: str, pictures: Sequence[GalleryImage]) -> list[str]:
     parts = [f"<h2>Where {html.escape(name)} and {html.escape(report['reference'])} differ most</h2>"]
+    several = len(report["seeds"]) > 1
+    task = TASK_NAMES[report["tasks"][0]]
+    mean, drawn = (", mean over the seeds", "the seed that shows it most") if several else ("", "the seed")
     parts.append(
-        f'<p class="note">The {len(pictures)} validation images whose own AP50 differs most, gains and losses alike; '
-        f"drawn are the detections of seed {report['seeds'][0]} with a score of at least {SCORE:g}. Green: objects. "
-        "Blue: detections that meet an object (IoU 0.5). Orange, dashed: false ones.</p>"
+        f'<p class="note">The {len(pictures)} validation images whose own {task} AP50 differs most{mean}, gains and '
+        f"losses alike; drawn are the detections of {drawn} with a score of at least {SCORE:g}. Green: objects. Blue: "
+        "detections that meet an object (box IoU 0.5). Orange, dashed: false ones.</p>"
     )
     for picture in pictures:
-        scores = f"AP50 {picture.reference:.0f} with {report['reference']}, {picture.arm:.0f} with {name}"
-        caption = f"{picture.file_name}: {scores}"
+        caption = f"{picture.file_name}: AP50 "
+        caption += f"{picture.reference[picture.place]:.0f} with {report['reference']}, "
+        caption += f"{picture.arm[picture.place]:.0f} with {name}"
+        if several:
+            means = (float(np.mean(picture.reference)), float(np.mean(picture.arm)))
+            caption += f" (seed {picture.seed}); mean over the seeds {means[0]:.0f} and {means[1]:.0f}"
         parts.append(_figure(picture.png, picture.file_name, caption))
     return parts
 

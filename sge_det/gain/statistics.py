@@ -35,13 +35,13 @@ class Measurement:
         report: what report.json holds (docs/measuring.md has the schema); NaN where JSON has null.
         curves: by task, arm: for each seed the precisions (0-1) at the recalls ``curves["recall"]`` for IoU 0.5 and
             0.75: ``{"0.50": [...], "0.75": [...]}``.
-        image_scores: by task, arm: AP50 (0-1) of each image, mean over the seeds.
+        image_scores: by task, arm: for each seed AP50 (0-1) by image id.
     """
 
     report: dict[str, Any]
     recall: list[float] = field(default_factory=list)
     curves: dict[str, dict[str, list[dict[str, list[float]]]]] = field(default_factory=dict)
-    image_scores: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
+    image_scores: dict[str, dict[str, list[dict[int, float]]]] = field(default_factory=dict)
 
 
 def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -111,10 +111,6 @@ def measure(
                         interval = _image_bootstrap(references[task], evaluation, bootstrap, seed, what, len(boxes))
                         intervals.setdefault(task, {}).setdefault(name, []).append(interval)
                 bar.update()
-    for arms in result.image_scores.values():
-        for scores in arms.values():
-            for image in scores:
-                scores[image] /= count
     report = {"schema": SCHEMA, "reference": reference, "seeds": seeds, "tasks": list(found)}
     report |= {"images": len(truth.images), "confidence": CONFIDENCE, "bootstrap_samples": bootstrap}
     report["arms"] = {
@@ -236,9 +232,8 @@ def _collect(result: Measurement, task: str, name: str, evaluation: hotcoco.COCO
     by_seed.append({iou: curves[f"pr@{iou}"] for iou in ("0.50", "0.75")})
     if not images:
         return
-    scores = result.image_scores.setdefault(task, {}).setdefault(name, {})
-    for image, summary in evaluation.image_diagnostics()["img_summary"].items():
-        scores[image] = scores.get(image, 0.0) + summary["ap"]
+    scores = {image: summary["ap"] for image, summary in evaluation.image_diagnostics()["img_summary"].items()}
+    result.image_scores.setdefault(task, {}).setdefault(name, []).append(scores)
 
 
 def _image_bootstrap(
