@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from .errors import UserError
 from .weights.safe_load import load_checkpoint, load_torch
 
 logger = logging.getLogger(__name__)
+
+# What is left where a checkpoint did not fit.
+_LEAST_FREE_BYTES = 4 << 20
 
 
 def check_weights_exist(cfg: CfgNode) -> None:
@@ -63,10 +67,19 @@ class Checkpointer(DetectionCheckpointer):
             data["metadata"] = self.metadata
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
-        with open(f"{path}.part", "wb") as file:
-            torch.save(data, file)
-        os.replace(f"{path}.part", path)
-        self.tag_last_checkpoint(f"{name}.pth")
+        part = Path(f"{path}.part")
+        try:
+            with open(part, "wb") as file:
+                torch.save(data, file)
+            os.replace(part, path)
+            self.tag_last_checkpoint(f"{name}.pth")
+        except (OSError, RuntimeError) as error:
+            is_full = shutil.disk_usage(self.save_dir).free < _LEAST_FREE_BYTES
+            part.unlink(missing_ok=True)
+            what = "the disk is full" if is_full else getattr(error, "strerror", None) or str(error).split("\n")[0]
+            raise UserError(
+                f"the checkpoint {path} cannot be written, {what}: make room and resume from the one before it"
+            ) from error
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         path = os.path.join(self.save_dir, "last_checkpoint")

@@ -246,16 +246,25 @@ def train(cfg: CfgNode, *, resume: bool = False) -> OrderedDict:
             f"({trainer.max_iter}) to train on. Evaluating it."
         )
         return _test(cfg, trainer.model)
+    log = logging.getLogger("detectron2.engine.train_loop")
+    log.addFilter(_is_no_users_mistake)
     try:
         trainer.train()
     except FloatingPointError as error:
         raise UserError(
             f"the loss is no longer finite, lower SOLVER.BASE_LR ({cfg.SOLVER.BASE_LR}): {error}"
         ) from error
+    finally:
+        log.removeFilter(_is_no_users_mistake)
     results = getattr(trainer, "_last_eval_results", OrderedDict())
     if cfg.TEST.AUG.ENABLED:
         results.update(Trainer.test_with_TTA(cfg, trainer.model))
     return results
+
+
+def _is_no_users_mistake(record: logging.LogRecord) -> bool:
+    """Keeps the traceback that Detectron2 logs of every error away from those that end as a sentence."""
+    return not (record.exc_info and isinstance(record.exc_info[1], UserError | FloatingPointError))
 
 
 def evaluate(cfg: CfgNode, *, resume: bool = False) -> OrderedDict:

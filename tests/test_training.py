@@ -10,6 +10,7 @@ from detectron2.modeling import build_model
 
 import sge_det
 from sge_det.checkpoint import Checkpointer
+from sge_det.data import register_dataset
 from sge_det.training import (
     Trainer,
     argument_parser,
@@ -86,10 +87,10 @@ def test_checkpoints_are_whole_or_absent(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(sge_det.UserError, match=r"second\.pth cannot be written, No space left on device: make room"):
         checkpointer.save("second")
     assert (tmp_path / "last_checkpoint").read_text() == "first.pth"
-    assert not (tmp_path / "second.pth").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first.pth", "last_checkpoint"]
 
 
 def test_evaluation_loads_what_training_wrote(tmp_path, sample_datasets):
@@ -177,10 +178,22 @@ def test_an_output_folder_that_cannot_be_made_is_told(sample_datasets):
         start_run(cfg, argument_parser().parse_args([]))
 
 
-def test_a_diverging_loss_is_told(tmp_path, sample_datasets):
+def test_a_mistake_found_in_training_leaves_no_traceback_in_the_log(tmp_path, sample_datasets, caplog):
+    cfg = tiny_config(tmp_path, sample_datasets, "SOLVER.MAX_ITER", "2")
+    for image in json.loads(Path(sample_datasets[0][1]).read_text())["images"]:
+        (tmp_path / image["file_name"]).write_bytes(b"\xff\xd8 not a picture")
+    cfg.DATASETS.TRAIN = ("damaged_train",)
+    register_dataset("damaged_train", sample_datasets[0][1], str(tmp_path))
+    with pytest.raises(sge_det.UserError, match="cannot be read"):
+        train(cfg)
+    assert not any(record.exc_info for record in caplog.records)
+
+
+def test_a_diverging_loss_is_told(tmp_path, sample_datasets, caplog):
     cfg = tiny_config(tmp_path, sample_datasets, "SOLVER.BASE_LR", "1e30", "SOLVER.MAX_ITER", "20")
     with pytest.raises(sge_det.UserError, match=r"lower SOLVER\.BASE_LR"):
         train(cfg)
+    assert not any(record.exc_info for record in caplog.records)
 
 
 def test_five_lines_of_the_readme_work(tmp_path, sample_datasets, monkeypatch):
