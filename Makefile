@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+TEST_JOBS ?= 2
 
 # The stamp's name holds a checksum of what the installation depends on: it is redone when that changes, and only then.
 # The folder is part of it, as an editable installation names it.
@@ -12,7 +13,7 @@ STAMP := $(VENV)/.installed-$(shell (pwd; cat setup.py requirements/*) | cksum |
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
 	@echo
-	@echo "PYTHON=$(PYTHON) makes the environment VENV=$(VENV); PYTEST_ARGS goes to pytest."
+	@echo "PYTHON=$(PYTHON) makes the environment VENV=$(VENV); PYTEST_ARGS goes to pytest, TEST_JOBS=$(TEST_JOBS) at once."
 
 install: $(STAMP)  ## set up $(VENV), if that has not been done
 
@@ -28,7 +29,7 @@ demo: install  ## make sample data, train a plain and an SGE detector on it, pri
 		--output output/demo --seeds 0 --jobs 2
 
 test: install  ## run the tests
-	$(VENV)/bin/python -m pytest tests $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
 lint: install  ## check style and formatting
 	$(VENV)/bin/python -m ruff check .
