@@ -1,3 +1,4 @@
+import argparse
 import subprocess
 import sys
 
@@ -6,6 +7,8 @@ import timm
 import torch
 from reference_models import PaperSGE, features, randomize
 from test_weights_convert import assert_equal_features, backbone_config, build_backbone, load
+from timm.optim import create_optimizer_v2
+from timm.utils import CheckpointSaver, ModelEmaV2, NativeScaler
 
 import sge_det.timm
 from sge_det import SpatialGroupEnhance
@@ -49,6 +52,20 @@ def test_timm_and_converted_detectron2_give_equal_features(tmp_path, depth):
         stages = model.forward_intermediates(x, intermediates_only=True)[1:]
         for theirs, ours in zip(stages, backbone(x).values(), strict=True):
             assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+def test_what_timms_training_saves_is_converted(tmp_path):
+    model = timm.create_model("sge_resnet18", num_classes=3)
+    optimizer = create_optimizer_v2(model, opt="momentum", lr=0.1, weight_decay=1e-4)
+    average = ModelEmaV2(randomize(timm.create_model("sge_resnet18", num_classes=3)))
+    args = argparse.Namespace(model="sge_resnet18", lr=0.1, opt="momentum", decay_milestones=[90, 180, 270])
+    saver = CheckpointSaver(
+        *(model, optimizer, args, average, NativeScaler(device="cpu")), checkpoint_dir=str(tmp_path), max_history=1
+    )
+    saver.save_checkpoint(0, metric=50.0)
+    convert_file(str(tmp_path / "model_best.pth.tar"), str(tmp_path / "out.pth"))
+    backbone = load(build_backbone(backbone_config(18, True)), tmp_path / "out.pth")
+    assert_equal_features(lambda x: features(average.module, x), backbone)
 
 
 def test_the_layer_goes_into_any_resnet_of_timms():

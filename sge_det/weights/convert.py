@@ -1,5 +1,6 @@
 """From a weights file of any known kind to one for ``MODEL.WEIGHTS``, with an account of every tensor."""
 
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -137,7 +138,7 @@ class Conversion:
         lines.append(f"wrote {self.output}")
         known = source.recipe.overrides()
         if known:
-            values = " ".join(f"{key} {str(value).replace(' ', '')}" for key, value in known.items())
+            values = " ".join(f"{key} {shlex.quote(str(value).replace(' ', ''))}" for key, value in known.items())
             lines.append(f"use it with: {values}")
         if len(known) < 4:
             lines.append("the file does not say all of channel order, mean/std and stride: set what it had")

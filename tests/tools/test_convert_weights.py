@@ -26,8 +26,8 @@ def test_the_releases_file_becomes_detectron2s(run_tool, sources, tmp_path):
     assert "138 tensors: 116 renamed, 22 dropped" in lines[1]
     assert "wrote weights/sge.pth" in lines
     assert lines[-1] == (
-        "use it with: INPUT.FORMAT RGB MODEL.PIXEL_MEAN [123.675,116.28,103.53] "
-        "MODEL.PIXEL_STD [58.395,57.12,57.375] MODEL.RESNETS.STRIDE_IN_1X1 False"
+        "use it with: INPUT.FORMAT RGB MODEL.PIXEL_MEAN '[123.675,116.28,103.53]' "
+        "MODEL.PIXEL_STD '[58.395,57.12,57.375]' MODEL.RESNETS.STRIDE_IN_1X1 False"
     )
     content = torch.load(tmp_path / "weights/sge.pth", weights_only=True)
     assert content["metadata"]["source"] == "sge-imagenet"
