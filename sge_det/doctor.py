@@ -24,6 +24,7 @@ from .weights.convert import Coverage, coverage, in_backbone, model_shapes
 from .weights.mapping import to_detectron2
 from .weights.safe_load import load_file
 from .weights.sources import Recipe, Source, known_recipe, read_source
+from .weights.transplant import sge_builder
 
 logger = logging.getLogger(__name__)
 
@@ -217,8 +218,8 @@ def _unregistered(cfg: CfgNode) -> list[Finding]:
 
 def _backbone_without_sge(cfg: CfgNode) -> list[Finding]:
     name = cfg.MODEL.BACKBONE.NAME
-    own = name.replace("resnet", "sge_resnet")
-    if "sge" in name or own not in BACKBONE_REGISTRY or not sge_options(cfg).ENABLED:
+    own = sge_builder(name)
+    if own is None or not sge_options(cfg).ENABLED:
         return []
     return [
         Finding(

@@ -1,8 +1,10 @@
 import contextlib
 import io
 import json
+import logging
 import multiprocessing
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -13,8 +15,9 @@ import pytest
 from conftest import ROOT, TINY
 
 from sge_det import UserError
-from sge_det.gain import Matrix, RunFailed
+from sge_det.gain import Launch, Matrix, RunFailed
 from sge_det.gain.matrix import Run
+from sge_det.gain.run import parser as run_parser
 
 CONFIG = "sample/faster_rcnn_SGE_R_50_FPN.yaml"
 SCHEDULE = [
@@ -171,10 +174,34 @@ def test_bad_commands(tmp_path, sample_datasets, overrides, options, words):
     assert not (tmp_path / "out").exists()
 
 
-def test_mistakes_that_a_run_finds_are_told(sample_datasets, tmp_path):
+def test_mistakes_in_an_arm_are_told_before_anything_is_trained(sample_datasets, tmp_path, caplog):
     odd = [["odd", "MODEL.SGE.GROUPS", "7"]]
-    made = matrix(tmp_path / "out", sample_datasets, arm_names=["odd", "plain"], custom_arms=odd)
-    with pytest.raises(UserError, match=r"^odd/seed0: MODEL.SGE.GROUPS.* does not divide the"):
+    with pytest.raises(UserError, match=r"^arm odd: MODEL.SGE.GROUPS: 7 does not divide the 64 channels of res2"):
+        matrix(tmp_path / "out", sample_datasets, arm_names=["plain"], custom_arms=odd)
+    frozen = [["frozen", "MODEL.BACKBONE.FREEZE_AT", "2"]]
+    with caplog.at_level(logging.WARNING, "sge_det"):
+        matrix(tmp_path / "out", sample_datasets, arm_names=["plain"], custom_arms=frozen)
+    assert [record.getMessage()[:45] for record in caplog.records] == ["arm frozen: MODEL.BACKBONE.FREEZE_AT: 2 freez"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_launch_arguments_are_handed_to_each_run(tmp_path, sample_datasets):
+    launch = Launch(num_gpus=2, num_machines=1, machine_rank=0, dist_url="tcp://127.0.0.1:29999", imports=("json",))
+    made = matrix(tmp_path / "out", sample_datasets, launch=launch)
+    for run in made.runs:
+        args = run_parser().parse_args(run.command)
+        assert (args.num_gpus, args.num_machines, args.machine_rank) == (2, 1, 0)
+        assert (args.dist_url, args.imports) == ("tcp://127.0.0.1:29999", ["json"])
+        assert run.fingerprint["processes"] == 2
+
+
+def test_mistakes_that_a_run_finds_are_told(sample, sample_datasets, tmp_path):
+    shutil.copytree(sample / "train", tmp_path / "train")
+    for image in (tmp_path / "train").iterdir():
+        image.write_bytes(b"no image")
+    (name, file, _), val = sample_datasets
+    made = matrix(tmp_path / "out", [(name, file, str(tmp_path / "train")), val])
+    with pytest.raises(UserError, match=r"^plain/seed0: the image \S+ cannot be read"):
         made.execute()
 
 

@@ -139,3 +139,22 @@ def test_start_weights_with_sge_are_refused_at_once(tmp_path, sample_datasets):
     with pytest.raises(UserError, match="has SGE already: there is nothing to transplant"):
         matrix(tmp_path / "out", sample_datasets, "MODEL.SGE.GROUPS", "64", "MODEL.WEIGHTS", str(tmp_path / "sge.pth"))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_the_doctor_finds_in_an_arm(tmp_path, sample_datasets, start):
+    cfg = setup_config(
+        CONFIG, [*TINY, *R18, "MODEL.WEIGHTS", str(start), "MODEL.BACKBONE.FREEZE_AT", "2"], sample_datasets
+    )
+    # what all arms share is told of the config: here that its weights are plain and its SGE is frozen
+    plain, sge, transplanted = choose_arms(cfg, ["plain", "sge", "sge-transplant"])
+    assert [arm.findings(cfg) for arm in (plain, sge, transplanted)] == [[], [], []]
+    cfg.MODEL.SGE.ENABLED = False
+    keys = [[finding.key for finding in arm.findings(cfg)] for arm in (plain, sge, transplanted)]
+    frozen = "MODEL.BACKBONE.FREEZE_AT"
+    assert keys == [[], ["arm sge: MODEL.WEIGHTS", f"arm sge: {frozen}"], [f"arm sge-transplant: {frozen}"]]
+
+
+def test_a_backbone_without_sge_is_refused(sample_datasets):
+    cfg = setup_config(CONFIG, [*TINY, "MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"], sample_datasets)
+    with pytest.raises(UserError, match="set it to build_sge_resnet_fpn_backbone"):
+        choose_arms(cfg, ARMS)

@@ -34,6 +34,7 @@ def backbone_config(depth, sge, norm="FrozenBN"):
     sge_det.add_sge_config(cfg)
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.SGE.ENABLED = sge
+    cfg.MODEL.BACKBONE.NAME = "build_sge_resnet_backbone"
     resnets = cfg.MODEL.RESNETS
     resnets.DEPTH, resnets.NORM, resnets.OUT_FEATURES, resnets.STRIDE_IN_1X1 = depth, norm, OUT, False
     if depth == 18:

@@ -152,3 +152,10 @@ def test_what_cannot_be_transplanted_is_told(sge, norm, overrides, words):
         cfg.MODEL.SGE[key] = value
     with pytest.raises(UserError, match=words):
         transplant_state(state, cfg, "w.pth")
+
+
+def test_a_backbone_of_detectron2s_own_has_no_place_for_sge():
+    cfg = backbone_config(18, True)
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
+    with pytest.raises(UserError, match="build_resnet_backbone, set it to build_sge_resnet_backbone"):
+        transplant_state(build_backbone(backbone_config(18, False)).state_dict(), cfg, "w.pth")

@@ -2,15 +2,17 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from detectron2.config import CfgNode
 
 from ..checkpoint import check_weights_exist
 from ..config import ATTENTIONS, merge_overrides, sge_options
+from ..doctor import Finding, examine_files, examine_settings
 from ..errors import UserError
 from ..weights import read_source, transplant_state
 from ..weights.mapping import to_detectron2
+from ..weights.transplant import check_has_sge
 
 TRANSPLANT = "sge-transplant"
 BUILT_IN = ("plain", "sge", "sge-fixed", TRANSPLANT, *(name for name in ATTENTIONS if name != "sge"))
@@ -38,6 +40,19 @@ class Arm:
             return text
         whose = "start" if self.transplants.config(cfg).MODEL.WEIGHTS else "final"
         return f"{text}, from the transplanted {whose} weights of {self.transplants.name}"
+
+    def findings(self, cfg: CfgNode) -> list[Finding]:
+        """What the doctor finds in this arm and not in ``cfg``, which is for all arms."""
+
+        def examine(config: CfgNode) -> list[Finding]:
+            return [*examine_settings(config), *examine_files(config)]
+
+        shared = examine(cfg)
+        own = [finding for finding in examine(self.config(cfg)) if finding not in shared]
+        if self.transplants is not None:
+            # its weights are plain until they are transplanted
+            own = [finding for finding in own if (finding.severity, finding.key) != ("warning", "MODEL.WEIGHTS")]
+        return [replace(finding, key=f"arm {self.name}: {finding.key}") for finding in own]
 
     def caveat(self, cfg: CfgNode) -> str:
         """What must be known to read a difference from the reference; empty for most arms."""
@@ -131,6 +146,7 @@ def _transplant(reference: Arm, cfg: CfgNode) -> Arm:
     # later overrides win: the two differ in the attention alone
     overrides = (*reference.overrides, "MODEL.SGE.ENABLED", "True", "MODEL.SGE.ATTENTION", "sge")
     arm = Arm(TRANSPLANT, overrides, reference)
+    check_has_sge(arm.config(cfg))
     weights = theirs.MODEL.WEIGHTS
     if weights and "://" not in weights:
         # what cannot be transplanted is told now, not when the run's turn has come

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..config import find_config
+from ..doctor import tell
 from ..errors import UserError
 from ..training import setup_config
 from ..weights import transplant_file
@@ -241,6 +242,7 @@ class Matrix:
             overrides = [*overrides, "TEST.EVAL_PERIOD", str(period)]
             self.config.TEST.EVAL_PERIOD = period
         self.arms = choose_arms(self.config, arm_names, custom_arms)
+        tell([finding for arm in self.arms for finding in arm.findings(self.config)])
         hashes = _Hashes()
         self.runs = []
         # seed by seed, so that pairs are complete as early as can be

@@ -10,6 +10,7 @@ import re
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor
 
 from ..config import STAGES, sge_options
@@ -19,6 +20,26 @@ from .mapping import resnet_shape
 
 # The paper's.
 _GROUPS, _BETA = 64, 1.0
+
+
+def sge_builder(name: str) -> str | None:
+    """The SGE version of a backbone builder of Detectron2's that is blind to ``MODEL.SGE``; None for any other."""
+    own = name.replace("resnet", "sge_resnet")
+    return own if "sge" not in name and own in BACKBONE_REGISTRY else None
+
+
+def check_has_sge(cfg: CfgNode) -> None:
+    """Checks that the model of ``cfg`` has SGE to transplant into.
+
+    Raises:
+        UserError: it has not; says what to set.
+    """
+    options = sge_options(cfg)
+    if not options.ENABLED or options.ATTENTION != "sge":
+        raise UserError("the config has no SGE: set MODEL.SGE.ENABLED True and MODEL.SGE.ATTENTION sge")
+    own = sge_builder(cfg.MODEL.BACKBONE.NAME)
+    if own:
+        raise UserError(f"the config has no SGE: MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME}, set it to {own}")
 
 
 def transplant_state(state: dict[str, Tensor], cfg: CfgNode | None, path: str) -> tuple[dict[str, Tensor], str]:
@@ -42,9 +63,8 @@ def transplant_state(state: dict[str, Tensor], cfg: CfgNode | None, path: str) -
         raise UserError(f"{path} has SGE already: there is nothing to transplant")
     groups, beta, stages = _GROUPS, _BETA, STAGES
     if cfg is not None:
+        check_has_sge(cfg)
         options = sge_options(cfg)
-        if not options.ENABLED or options.ATTENTION != "sge":
-            raise UserError("the config has no SGE: set MODEL.SGE.ENABLED True and MODEL.SGE.ATTENTION sge")
         groups, beta, stages = options.GROUPS, float(options.INIT[1]), options.STAGES
     last = shape.last
     factor = 1 + math.exp(-beta)
