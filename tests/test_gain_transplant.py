@@ -9,6 +9,7 @@ from reference_models import torchvision_resnet
 
 from sge_det import UserError
 from sge_det.gain import Matrix, choose_arms, measure_gain
+from sge_det.gain.arms import examine_arms
 from sge_det.training import setup_config
 from sge_det.weights import convert_file, transplant_state
 
@@ -146,12 +147,12 @@ def test_what_the_doctor_finds_in_an_arm(tmp_path, sample_datasets, start):
         CONFIG, [*TINY, *R18, "MODEL.WEIGHTS", str(start), "MODEL.BACKBONE.FREEZE_AT", "2"], sample_datasets
     )
     # what all arms share is told of the config: here that its weights are plain and its SGE is frozen
-    plain, sge, transplanted = choose_arms(cfg, ["plain", "sge", "sge-transplant"])
-    assert [arm.findings(cfg) for arm in (plain, sge, transplanted)] == [[], [], []]
+    arms = choose_arms(cfg, ["plain", "sge", "sge-transplant"])
+    assert examine_arms(arms, cfg) == []
     cfg.MODEL.SGE.ENABLED = False
-    keys = [[finding.key for finding in arm.findings(cfg)] for arm in (plain, sge, transplanted)]
     frozen = "MODEL.BACKBONE.FREEZE_AT"
-    assert keys == [[], ["arm sge: MODEL.WEIGHTS", f"arm sge: {frozen}"], [f"arm sge-transplant: {frozen}"]]
+    found = [finding.key for finding in examine_arms(arms, cfg)]
+    assert found == ["arm sge: MODEL.WEIGHTS", f"arm sge: {frozen}", f"arm sge-transplant: {frozen}"]
 
 
 def test_a_backbone_without_sge_is_refused(sample_datasets):

@@ -41,19 +41,6 @@ class Arm:
         whose = "start" if self.transplants.config(cfg).MODEL.WEIGHTS else "final"
         return f"{text}, from the transplanted {whose} weights of {self.transplants.name}"
 
-    def findings(self, cfg: CfgNode) -> list[Finding]:
-        """What the doctor finds in this arm and not in ``cfg``, which is for all arms."""
-
-        def examine(config: CfgNode) -> list[Finding]:
-            return [*examine_settings(config), *examine_files(config)]
-
-        shared = examine(cfg)
-        own = [finding for finding in examine(self.config(cfg)) if finding not in shared]
-        if self.transplants is not None:
-            # its weights are plain until they are transplanted
-            own = [finding for finding in own if (finding.severity, finding.key) != ("warning", "MODEL.WEIGHTS")]
-        return [replace(finding, key=f"arm {self.name}: {finding.key}") for finding in own]
-
     def caveat(self, cfg: CfgNode) -> str:
         """What must be known to read a difference from the reference; empty for most arms."""
         if self.transplants is None or self.transplants.config(cfg).MODEL.WEIGHTS:
@@ -119,6 +106,20 @@ def choose_arms(cfg: CfgNode, names: Sequence[str], custom: Sequence[Sequence[st
         if same is not arm:
             raise UserError(f"the arms {same.name} and {arm.name} are the same config: there is nothing to compare")
     return arms
+
+
+def examine_arms(arms: Sequence[Arm], cfg: CfgNode) -> list[Finding]:
+    """What the doctor finds in each of ``arms``, but for what it finds in ``cfg`` itself."""
+    shared = [*examine_settings(cfg), *examine_files(cfg)]
+    found = []
+    for arm in arms:
+        own = arm.config(cfg)
+        for finding in (*examine_settings(own), *examine_files(own)):
+            # the weights of a transplant are plain until its run makes them
+            expected = arm.transplants is not None and (finding.severity, finding.key) == ("warning", "MODEL.WEIGHTS")
+            if finding not in shared and not expected:
+                found.append(replace(finding, key=f"arm {arm.name}: {finding.key}"))
+    return found
 
 
 def _built_in(name: str, cfg: CfgNode) -> Arm:

@@ -27,7 +27,7 @@ from ..doctor import tell
 from ..errors import UserError
 from ..training import setup_config
 from ..weights import transplant_file
-from .arms import Arm, choose_arms
+from .arms import Arm, choose_arms, examine_arms
 from .files import cannot_write, disk_full, is_disk_full, write_json
 from .run import RESULT_FILE, import_modules
 
@@ -242,7 +242,7 @@ class Matrix:
             overrides = [*overrides, "TEST.EVAL_PERIOD", str(period)]
             self.config.TEST.EVAL_PERIOD = period
         self.arms = choose_arms(self.config, arm_names, custom_arms)
-        tell([finding for arm in self.arms for finding in arm.findings(self.config)])
+        tell(examine_arms(self.arms, self.config))
         hashes = _Hashes()
         self.runs = []
         # seed by seed, so that pairs are complete as early as can be
