@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ def register_dataset(name: str, json_file: str, image_root: str) -> dict:
         UserError: a file is missing or malformed.
     """
     content = read_annotations(json_file)
-    _check_annotations(json_file, content)
+    check_annotations(json_file, content)
     if not Path(image_root).is_dir():
         raise UserError(f"data set {name}: there is no image folder {image_root}")
     missing = missing_images(content["images"], image_root)
@@ -100,7 +101,13 @@ def read_annotations(json_file: str) -> dict:
     return content
 
 
-def _check_annotations(json_file: str, content: dict) -> None:
+def check_annotations(json_file: str, content: dict) -> None:
+    """Checks what :func:`read_annotations` read.
+
+    Raises:
+        UserError: an entry lacks a field, refers to nothing, or has a value that is none; names the first.
+    """
+
     def ids(key: str, fields: Sequence[str]) -> set:
         for entry in content[key]:
             if not isinstance(entry, dict):
@@ -117,6 +124,7 @@ def _check_annotations(json_file: str, content: dict) -> None:
         return found
 
     images = ids("images", ("file_name", "height", "width"))
+    sizes = {image["id"]: [image["height"], image["width"]] for image in content["images"]}
     categories = ids("categories", ("name",))
     ids("annotations", ("image_id", "category_id", "bbox", "area"))
     for entry in content["annotations"]:
@@ -130,6 +138,24 @@ def _check_annotations(json_file: str, content: dict) -> None:
         is_finite = is_four and all(isinstance(value, int | float) and math.isfinite(value) for value in box)
         if not is_finite or box[2] < 0 or box[3] < 0:
             raise UserError(f"{where} has the box {box}; four finite numbers x, y, width, height are needed")
+        fault = mask_fault(entry.get("segmentation") or [], sizes[entry["image_id"]])
+        if fault:
+            raise UserError(f"{where}: {fault}")
+
+
+def mask_fault(segmentation: Any, size: Sequence[int]) -> str | None:
+    """What is wrong with a mask in COCO's format, if anything; ``size``: height and width of its image.
+
+    Looks at its form, not at each number.
+    """
+    if isinstance(segmentation, list):
+        is_sound = all(isinstance(polygon, list) for polygon in segmentation)
+        return None if is_sound else "its mask is a list, but not of polygons [x, y, x, y, ...]"
+    if not isinstance(segmentation, dict) or not isinstance(segmentation.get("counts"), str | list):
+        return "its mask is neither a list of polygons nor RLE with size and counts"
+    if segmentation.get("size") != list(size):
+        return f"its mask has the size {segmentation.get('size')}, its image {list(size)} (height, width)"
+    return None
 
 
 def use_datasets(

@@ -48,8 +48,8 @@ def coco_metrics(evaluation: hotcoco.COCOeval) -> dict[str, float]:
     """The metrics of an evaluation, in points (0-100).
 
     Returns:
-        AP, AP50, AP75, APs, APm, APl, AR100 and "AP-" + name for each category, in the order of the category ids. NaN
-        where the data set has no object of that size or category.
+        AP, AP50, AP75, APs, APm, APl, AR100 and "AP-" + name for each category (and its id, where several have that
+        name), in the order of the category ids. NaN where the data set has no object of that size or category.
     """
     metrics = {name: _points(evaluation.stats[place]) for name, place in METRICS.items()}
     # (IoU thresholds, recalls, categories, sizes, numbers of detections); the first size is all, the last number 100
@@ -58,7 +58,10 @@ def coco_metrics(evaluation: hotcoco.COCOeval) -> dict[str, float]:
     for place, category_id in enumerate(evaluation.params.cat_ids):
         values = precision[:, :, place]
         values = values[values > -1]
-        metrics[f"AP-{categories[category_id]}"] = _points(values.mean() if values.size else -1)
+        name = categories[category_id]
+        if list(categories.values()).count(name) > 1:
+            name = f"{name} {category_id}"
+        metrics[f"AP-{name}"] = _points(values.mean() if values.size else -1)
     return metrics
 
 

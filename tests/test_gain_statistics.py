@@ -119,7 +119,9 @@ def test_verdict_knows_constant_gates(truth_file, tmp_path, spread, constant):
         ({"bbox": [0, 0, -4, 5]}, "negative width or height"),
         ({"bbox": [0, 0, math.inf, 5]}, "not four finite numbers"),
         ({"bbox": [0, 0, 5]}, "four numbers"),
-        ({"score": "high"}, "not in COCO's result format"),
+        ({"score": "0.5"}, "the score '0.5' is not a number"),
+        ({"segmentation": 5}, "its mask is neither"),
+        ({"segmentation": {"size": [50, 50], "counts": "1"}}, r"has the size \[50, 50\], its image \[100, 100\]"),
         ({"bbox": None}, "not in COCO's result format"),
     ],
 )
@@ -143,7 +145,7 @@ def test_bad_files_are_named(truth_file, tmp_path):
     for bad, words in (
         (tmp_path / "no.json", "no annotation file"),
         (folder, "instance format"),
-        (cut, "instance format"),
+        (cut, "not JSON"),
     ):
         with pytest.raises(UserError, match=words):
             compare_results(bad, {"a": [good], "b": [good]}, tmp_path / "out")
@@ -184,6 +186,36 @@ def test_the_gallery_takes_the_images_that_differ_in_the_mean_and_the_seed_that_
     }
     measurement = Measurement({"reference": "plain", "tasks": ["bbox"]}, image_scores={"bbox": scores})
     assert most_different(measurement, "sge", truth, 2) == [(4, 0), (3, 1)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"bbox": None}, "four finite numbers"),
+        ({"image_id": 99}, "image 99, which is not among the images"),
+        ({"category_id": 1}, "category 1, which is not among the categories"),
+        ({"id": 2}, "ids of annotations are not unique"),
+        ({"segmentation": {"size": [9, 9], "counts": [81]}}, r"has the size \[9, 9\], its image \[100, 100\]"),
+        ({"segmentation": [1, 2, 3, 4, 5, 6]}, "not of polygons"),
+    ],
+)
+def test_bad_ground_truth_is_named(truth_file, changes, words):
+    content = json.loads(truth_file.read_text())
+    content["annotations"][0] |= changes
+    truth_file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=words):
+        GroundTruth(truth_file)
+
+
+def test_categories_of_one_name_are_told_apart(truth_file, tmp_path):
+    content = json.loads(truth_file.read_text())
+    content["categories"][1]["name"] = "cup"
+    truth_file.write_text(json.dumps(content))
+    files = {name: [detections(tmp_path / f"{name}.json", found)] for name, found in (("a", 3), ("b", 6))}
+    scores = measure(GroundTruth(truth_file), files, bootstrap=0).report["arms"]["a"]["bbox"]
+    assert scores["AP-cup 3"]["mean"] == pytest.approx(cup_ap(3))
+    assert scores["AP-cup 7"]["mean"] == pytest.approx(100)
+    assert "AP-fork" in scores and "AP-cup" not in scores
 
 
 def test_hits_meet_each_object_once():

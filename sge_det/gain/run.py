@@ -82,11 +82,15 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def parser() -> argparse.ArgumentParser:
+    arguments = argument_parser(epilog=__doc__)
+    arguments.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
+    return arguments
+
+
 @user_errors
 def main(argv: list[str] | None = None) -> None:
-    parser = argument_parser(epilog=__doc__)
-    parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     _end_with_parent()
     folder = Path(dict(zip(args.opts[::2], args.opts[1::2]))["OUTPUT_DIR"])
     name = ".run.lock" if args.machine_rank == 0 else f".run{args.machine_rank}.lock"

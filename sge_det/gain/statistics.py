@@ -14,6 +14,7 @@ import numpy as np
 import scipy.stats
 from tqdm import tqdm
 
+from ..data import check_annotations, mask_fault, read_annotations
 from ..errors import UserError
 from ..evaluation import TASKS, coco_metrics, evaluate_detections
 
@@ -142,19 +143,16 @@ class GroundTruth:
     """
 
     def __init__(self, path: str | Path):
+        content = read_annotations(str(path))
+        check_annotations(str(path), content)
+        self.images: dict[int, dict] = {image["id"]: image for image in content["images"]}
+        self.categories: dict[int, str] = {entry["id"]: entry["name"] for entry in content["categories"]}
+        self.annotations: list[dict] = content["annotations"]
+        self.has_masks = any(entry.get("segmentation") for entry in self.annotations)
         try:
-            content = json.loads(Path(path).read_bytes())
-            self.images: dict[int, dict] = {image["id"]: image for image in content["images"]}
-            self.categories: dict[int, str] = {entry["id"]: entry["name"] for entry in content["categories"]}
-            self.annotations: list[dict] = content["annotations"]
-            self.has_masks = any(entry.get("segmentation") for entry in self.annotations)
             self.coco = hotcoco.COCO(str(path))
-        except FileNotFoundError as error:
-            raise UserError(f"there is no annotation file {path}") from error
-        except OSError as error:
-            raise UserError(f"the annotation file {path} cannot be read: {error.strerror or error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise UserError(f"{path} is not in COCO's instance format: {error!r}") from error
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"{path} is not in COCO's instance format: {error}") from error
 
     def annotations_of(self, image_id: int) -> list[dict]:
         """The objects and crowd regions of an image."""
@@ -189,6 +187,13 @@ class GroundTruth:
                         f"{path}, detection {place}: category {detection['category_id']!r} is not in the ground truth; "
                         "COCO's own category ids are needed, not contiguous ones"
                     )
+                if not isinstance(detection["score"], int | float):
+                    raise UserError(f"{path}, detection {place}: the score {detection['score']!r} is not a number")
+                if "segmentation" in detection:
+                    image = self.images[detection["image_id"]]
+                    fault = mask_fault(detection["segmentation"], (image["height"], image["width"]))
+                    if fault:
+                        raise UserError(f"{path}, detection {place} (image {image['id']}): {fault}")
             scores = np.array([detection["score"] for detection in detections], dtype=float)
             boxes = np.array([detection["bbox"] for detection in detections], dtype=float).reshape(-1, 4)
         except (KeyError, TypeError, ValueError) as error:
