@@ -163,7 +163,7 @@ def category_differences(report: dict) -> bytes:
 def learning_curves(report: dict, curves: Curves) -> bytes:
     """Training loss and validation AP over the iterations, a line for each run."""
     keys = ["total_loss", *(f"{task}/AP" for task in report["tasks"])]
-    labels = ["training loss", *(f"{TASK_NAMES[task]} AP on validation images (points)" for task in report["tasks"])]
+    labels = ["training loss", *(f"{TASK_NAMES[task]} AP (points)" for task in report["tasks"])]
     figure, axes = _figure(4.4, len(keys))
     for ax, key, label in zip(axes, keys, labels):
         for name, by_seed in curves.items():

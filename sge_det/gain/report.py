@@ -196,7 +196,7 @@ def html_page(measurement: Measurement, extras: Extras) -> str:
         parts.append(metric_table(report, task, by_category).html() + "</details>")
     if extras.curves:
         parts.append("<h2>Learning curves</h2>")
-        caption = "A line for each run. The loss is the median over the iterations since the last point."
+        caption = "A line for each run; AP on the validation images. The loss is the median since the last point."
         parts.append(_figure(plots.learning_curves(report, extras.curves), "Loss and AP over the iterations", caption))
     parts.append("<h2>Precision and recall</h2>")
     caption = f"Mean over the categories{' and seeds; thin lines are the seeds' if many else ''}."
