@@ -55,7 +55,10 @@ def run_tool(tmp_path):
 
 @pytest.fixture
 def call_tool(tmp_path, monkeypatch, capsys):
-    """Calls ``main`` of a script of tools/ in this process, which spares its start; returns what ``run_tool`` does."""
+    """Calls ``main`` of a script of tools/ in this process, which spares its start; returns what ``run_tool`` does.
+
+    For mistakes alone: a run that comes as far as Detectron2's ``default_setup`` leaves its log handlers behind.
+    """
 
     def call(name, *arguments):
         monkeypatch.chdir(tmp_path)

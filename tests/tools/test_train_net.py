@@ -33,7 +33,6 @@ def test_two_processes_train_and_evaluate_on_cpus(run_tool, sample_datasets, tmp
         (["--config-file", "COCO-Detection/faster_rcnn_SGE_R_50_FPN_1x.yaml"], "sge_resnet50.pth"),
         (["--config-file", FASTER, "MODEL.SGE.GROUPS", "7"], "GROUPS: 7 does not divide"),
         (["--config-file", FASTER, "--dataset", "mine", "none.json", "."], "none.json"),
-        (["--config-file", FASTER, "--eval-only"], "no weights"),
     ],
 )
 def test_mistakes_end_with_a_sentence_and_code_2(call_tool, sample_datasets, arguments, message):
