@@ -231,6 +231,19 @@ def test_how_runs_end(tmp_path, sample_datasets, monkeypatch, ending, kind, word
         pass  # free again
 
 
+def test_jobs_split_the_cores(tmp_path, sample_datasets, monkeypatch):
+    script = tmp_path / "python"
+    script.write_text('#!/bin/sh\necho "threads: $OMP_NUM_THREADS" >&2\nexit 3\n')
+    script.chmod(0o755)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr("sge_det.gain.matrix.sys.executable", str(script))
+    monkeypatch.setattr("sge_det.gain.matrix.os.sched_getaffinity", lambda process: set(range(8)))
+    for jobs, threads in ((1, 8), (2, 4)):
+        made = matrix(tmp_path / f"out{jobs}", sample_datasets)
+        with pytest.raises(RunFailed, match=f"ends with: threads: {threads}$"):
+            made.execute(jobs)
+
+
 def test_full_disk_is_told(tmp_path, sample_datasets, monkeypatch):
     script = tmp_path / "python"
     script.write_text("#!/bin/sh\nexit 1\n")
