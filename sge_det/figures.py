@@ -37,12 +37,14 @@ _OPACITY = 0.65
 _START = 1 / (1 + math.exp(-1))
 # Groups that are shown in rows of four; more go in rows of eight.
 _FEW_GROUPS = 16
-# Detections are drawn on images of at least this longer side, in pixels, in figures.
-_DRAWN_SIDE = 800
+# Detections in figures: the longer side of the drawing in pixels, and the size of its labels in points.
+_DRAWN_SIDE, _LABELS = 500, 17
 _FONT = str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))  # comes with matplotlib
 
 
-def draw_detections(image: np.ndarray, instances: Instances, names: Sequence[str], scale: float = 1.0) -> np.ndarray:
+def draw_detections(
+    image: np.ndarray, instances: Instances, names: Sequence[str], scale: float = 1.0, text: float = 0.0
+) -> np.ndarray:
     """Draws boxes, masks where there are any, classes and scores on an image; a class has one colour everywhere.
 
     Args:
@@ -50,19 +52,29 @@ def draw_detections(image: np.ndarray, instances: Instances, names: Sequence[str
         instances: Detectron2's, on the CPU, in pixels of the image.
         names: of the classes.
         scale: of the drawing to the image.
+        text: size of the labels in points of the drawing; by default Detectron2's choice.
 
     Returns:
         (H * scale, W * scale, 3), uint8, RGB.
     """
     canvas = Visualizer(image, scale=scale)
-    classes, scores = instances.pred_classes.tolist(), instances.scores.tolist()
+    if text:
+        canvas._default_font_size = text / scale
+    colors = [COLORS[number % len(COLORS)] for number in instances.pred_classes.tolist()]
     canvas.overlay_instances(
         boxes=instances.pred_boxes,
         masks=list(instances.pred_masks.numpy()) if instances.has("pred_masks") else None,
-        labels=[f"{names[number]} {score:.0%}" for number, score in zip(classes, scores, strict=True)],
-        assigned_colors=[COLORS[number % len(COLORS)] for number in classes],
+        assigned_colors=colors,
         alpha=0.35,
     )
+    height, width = image.shape[:2]
+    lowest = height - 1.6 * canvas._default_font_size  # where Detectron2 would let the label run out of the image
+    found = zip(instances.pred_boxes.tensor.tolist(), instances.pred_classes.tolist(), instances.scores)
+    for (left, top, right, _), number, score in found:
+        is_left = left + right <= width
+        place = (max(left, 0) if is_left else min(right, width), min(max(top, 0), lowest))
+        side = "left" if is_left else "right"
+        canvas.draw_text(f"{names[number]} {score:.0%}", place, color="white", horizontal_alignment=side)
     return canvas.output.get_image()
 
 
@@ -127,8 +139,8 @@ def attention_figure(views: Sequence[View], groups: Sequence[int], names: Sequen
     ratio = min(max(views[0].image.shape[0] / views[0].image.shape[1], 0.35), 2.0)
     rows = -(-len(pairs) // columns)
     heights = [
-        len(views) * (_WIDTH / 4 * ratio + 0.4) + 1.0,  # with the colour bar
-        rows * ((_WIDTH - 1) / columns * ratio + (0.55 if few else 0.35)),
+        len(views) * (_WIDTH / 4 * ratio + 0.35) + 1.05,  # with the colour bar
+        rows * ((_WIDTH - 1) / columns * ratio + (0.4 if few else 0.35)),
     ]
     lines = [title, *(f"{letter}{view.name}" for view, letter in zip(views, letters, strict=True))]
     figure = Figure(figsize=(_WIDTH, sum(heights) + 0.3 * len(lines)), dpi=_DPI, layout="constrained")
@@ -179,8 +191,8 @@ def _summary(
 
 
 def _detections(ax: Axes, view: View, names: Sequence[str]) -> None:
-    scale = max(_DRAWN_SIDE / max(view.image.shape[:2]), 1.0)
-    ax.imshow(draw_detections(view.image, view.instances, names, scale), extent=_extent(view.image))
+    scale = _DRAWN_SIDE / max(view.image.shape[:2])
+    ax.imshow(draw_detections(view.image, view.instances, names, scale, _LABELS), extent=_extent(view.image))
     _bare(ax)
 
 
@@ -204,6 +216,7 @@ def _extent(image: np.ndarray) -> tuple[float, float, float, float]:
 def _bare(ax: Axes) -> None:
     ax.set_xticks([])
     ax.set_yticks([])
+    ax.set_anchor("N")
 
 
 def _distribution(ax: Axes, views: Sequence[View], letters: Sequence[str], groups: Sequence[int]) -> None:
@@ -293,23 +306,24 @@ def captioned(panels: Sequence[tuple[np.ndarray, str]]) -> np.ndarray:
         panels: (H, W, 3), uint8, RGB, with a text.
     """
     height, width = panels[0][0].shape[:2]
-    fonts = {text: _fitting_font(text, width) for _, text in panels}
-    gap = max(width // 80, 2)
-    head = max(round(sum(font.getmetrics())) for font in fonts.values()) + 4
+    font = _fitting_font([text for _, text in panels], width)
+    gap, head = max(width // 80, 2), sum(font.getmetrics()) + 4
     canvas = Image.new("RGB", (len(panels) * (width + gap) - gap, height + head), "white")
     draw = ImageDraw.Draw(canvas)
     for place, (panel, text) in enumerate(panels):
         left = place * (width + gap)
         canvas.paste(Image.fromarray(panel), (left, head))
-        draw.text((left + 2, head - 4), text, fill="black", font=fonts[text], anchor="ls")
+        draw.text((left + 2, head - 4), text, fill="black", font=font, anchor="ls")
     return even(np.asarray(canvas))
 
 
-def _fitting_font(text: str, width: int) -> ImageFont.FreeTypeFont:
-    size = max(width // 28, 11)
-    while size > 6 and ImageFont.truetype(_FONT, size).getlength(text) > width - 4:
-        size -= 1
-    return ImageFont.truetype(_FONT, size)
+def _fitting_font(texts: Sequence[str], width: int) -> ImageFont.FreeTypeFont:
+    """A font in which each text fits into ``width`` pixels, but readable all the same."""
+    for size in range(max(width // 28, 11), 8, -1):
+        font = ImageFont.truetype(_FONT, size)
+        if max(map(font.getlength, texts)) <= width - 4:
+            break
+    return font
 
 
 def even(image: np.ndarray) -> np.ndarray:

@@ -371,7 +371,7 @@ def _drawing(
         instances, maps = predictor.look(image)
         rgb = predictor.rgb(image)
         gates = overlay(rgb, maps.gates.mean(0), maps.covers, low, high)
-        text = f"mean gate of {maps.label}: dark {low:.2f}, bright {high:.2f}"
+        text = f"mean gate of {maps.label}, {low:.2f} to {high:.2f}"
         return captioned([(draw_detections(rgb, instances, names), "detections"), (gates, text)]), instances
 
     return with_gates
