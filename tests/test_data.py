@@ -139,22 +139,23 @@ def test_coco_that_is_not_there_names_the_variable(tmp_path):
 
 
 def with_changed_masks(sample, folder, segmentation):
-    """The sample's training set with the mask of its first object replaced; None: without any masks."""
+    """The sample's training set with the mask of its first object as RLE; None: without any masks."""
     content = json.loads((sample / "annotations/instances_train.json").read_text())
+    sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
     single = [entry for entry in content["annotations"] if not entry["iscrowd"]]
     for entry in single[:1] if segmentation else single:
-        entry["segmentation"] = segmentation
+        height, width = sizes[entry["image_id"]]
+        entry["segmentation"] = segmentation and {"size": [height, width], "counts": [0, height * width]}
     (folder / "changed.json").write_text(json.dumps(content))
     return "changed_train", str(folder / "changed.json"), str(sample / "train")
 
 
-RLE = {"size": [96, 96], "counts": [0, 96 * 96]}
 NO_MASK, RLE_MASK = "has no mask.*set MODEL.MASK_ON False", "has an RLE mask: set INPUT.MASK_FORMAT bitmask"
 
 
 @pytest.mark.parametrize(
     ("segmentation", "mask_format", "words"),
-    [(None, "bitmask", NO_MASK), (RLE, "polygon", RLE_MASK), (RLE, "bitmask", None)],
+    [(None, "bitmask", NO_MASK), ("RLE", "polygon", RLE_MASK), ("RLE", "bitmask", None)],
 )
 def test_masks_that_a_mask_detector_cannot_read_are_told(sample, tmp_path, segmentation, mask_format, words):
     triple = with_changed_masks(sample, tmp_path, segmentation)
