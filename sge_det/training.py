@@ -34,15 +34,17 @@ logger = logging.getLogger(__name__)
 def argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
     """Detectron2's ``default_argument_parser`` with ``--dataset``."""
     parser = default_argument_parser(epilog)
-    parser.add_argument(
-        "--dataset",
-        nargs=3,
-        action="append",
-        default=[],
-        metavar=("NAME", "JSON", "IMAGES"),
-        help="register a COCO-format data set (repeatable); NUM_CLASSES, DATASETS.TRAIN and DATASETS.TEST follow",
+    add_dataset_option(
+        parser, "register a COCO-format data set (repeatable); NUM_CLASSES, DATASETS.TRAIN and DATASETS.TEST follow"
     )
     return parser
+
+
+def add_dataset_option(parser: argparse.ArgumentParser, what: str) -> None:
+    """Adds ``--dataset NAME JSON IMAGES``, which :func:`setup_config` takes; ``what`` is its help."""
+    parser.add_argument(
+        "--dataset", nargs=3, action="append", default=[], metavar=("NAME", "JSON", "IMAGES"), help=what
+    )
 
 
 def launch(function: Callable, args: argparse.Namespace) -> None:

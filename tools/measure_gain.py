@@ -19,6 +19,7 @@ from sge_det.gain import Launch, Matrix, Measurement, RunFailed, compare_results
 from sge_det.gain.arms import BUILT_IN
 from sge_det.gain.report import metric_table
 from sge_det.gain.statistics import TASK_NAMES
+from sge_det.training import add_dataset_option
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,14 +40,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"the first is the reference; of {', '.join(BUILT_IN)} and those of --arm (default plain sge)",
     )
     add("--arm", nargs="+", action="append", default=[], metavar=("NAME", "KEY VALUE"), help="an arm of your own")
-    add(
-        "--dataset",
-        nargs=3,
-        action="append",
-        default=[],
-        metavar=("NAME", "JSON", "IMAGES"),
-        help="register a COCO-format data set (repeatable), as in train_net.py",
-    )
+    add_dataset_option(arguments, "register a COCO-format data set (repeatable), as in train_net.py")
     add("--jobs", type=int, default=1, metavar="N", help="runs at once; they share the cores and GPUs (default 1)")
     add("--bootstrap", type=int, default=1000, metavar="N", help="image bootstrap samples; 0 for none (default 1000)")
     add("--import", dest="imports", action="append", default=[], metavar="MODULE", help="imported first by each run")

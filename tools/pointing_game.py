@@ -13,21 +13,14 @@ from pathlib import Path
 from sge_det.errors import user_errors
 from sge_det.gain.files import write_json
 from sge_det.pointing import pointing_game, pointing_report
-from sge_det.training import load_model, setup_config
+from sge_det.training import add_dataset_option, load_model, setup_config
 
 
 def parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = arguments.add_argument
     add("--config-file", required=True, metavar="F", help="the detector with SGE")
-    add(
-        "--dataset",
-        nargs=3,
-        action="append",
-        default=[],
-        metavar=("NAME", "JSON", "IMAGES"),
-        help="register a COCO-format data set (repeatable), as in train_net.py",
-    )
+    add_dataset_option(arguments, "register a COCO-format data set (repeatable), as in train_net.py")
     add("--limit", type=int, metavar="N", help="the first N images with objects (default: all)")
     add("--json", type=Path, metavar="FILE", help="also write the figures there")
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sge_det.errors import user_errors
 from sge_det.predict import find_files, predict, report_faults, setup_prediction, split_input
+from sge_det.training import add_dataset_option
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,14 +25,7 @@ def parser() -> argparse.ArgumentParser:
     add("--attention", action="store_true", help="draw the mean gate of an SGE block beside the detections")
     add("--stage", default="res5", metavar="S", help="of that block (default %(default)s)")
     add("--block", type=int, default=-1, metavar="K", help="its number in the stage; -1 is the last (the default)")
-    add(
-        "--dataset",
-        nargs=3,
-        action="append",
-        default=[],
-        metavar=("NAME", "JSON", "IMAGES"),
-        help="the data set whose classes the model knows, where DATASETS.TEST is not there",
-    )
+    add_dataset_option(arguments, "the data set whose classes the model knows, where DATASETS.TEST is not there")
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     return arguments
 

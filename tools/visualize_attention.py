@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sge_det.errors import user_errors
 from sge_det.predict import find_files, report_faults, setup_prediction, split_input
-from sge_det.training import setup_config
+from sge_det.training import add_dataset_option, setup_config
 from sge_det.visualize import BLOCKS_FIGURE, visualize_dataset, visualize_images
 
 
@@ -35,13 +35,8 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--compare-weights", default="", metavar="W2", help="weights that are shown beside MODEL.WEIGHTS")
     add("--confidence", type=float, default=0.5, metavar="C", help="least score drawn, 0-1 (default %(default)s)")
-    add(
-        "--dataset",
-        nargs=3,
-        action="append",
-        default=[],
-        metavar=("NAME", "JSON", "IMAGES"),
-        help="register a COCO-format data set, as in train_net.py; its blocks' figure is made with --input too",
+    add_dataset_option(
+        arguments, "register a COCO-format data set, as in train_net.py; its blocks' figure is made with --input too"
     )
     add("--limit", type=int, metavar="N", help="the first N images of the data set (default: all)")
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
