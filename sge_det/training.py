@@ -247,6 +247,7 @@ def train(cfg: CfgNode, *, resume: bool = False) -> OrderedDict:
             f"{cfg.OUTPUT_DIR} is already trained to iteration {trainer.start_iter}: raise SOLVER.MAX_ITER "
             f"({trainer.max_iter}) to train on. Evaluating it."
         )
+        _finish_last_checkpoint(trainer)
         return _test(cfg, trainer.model)
     log = logging.getLogger("detectron2.engine.train_loop")
     log.addFilter(_is_no_users_mistake)
@@ -262,6 +263,13 @@ def train(cfg: CfgNode, *, resume: bool = False) -> OrderedDict:
     if cfg.TEST.AUG.ENABLED:
         results.update(Trainer.test_with_TTA(cfg, trainer.model))
     return results
+
+
+def _finish_last_checkpoint(trainer: Trainer) -> None:
+    """Writes ``model_final.pth`` where the training was cut off after the last iteration and before that file."""
+    last = Path(trainer.checkpointer.get_checkpoint_file()).name
+    if trainer.start_iter == trainer.max_iter and last != "model_final.pth":
+        trainer.checkpointer.save("model_final", iteration=trainer.max_iter - 1)
 
 
 def _is_no_users_mistake(record: logging.LogRecord) -> bool:

@@ -78,6 +78,24 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path, sample_datasets)
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
+def test_a_run_cut_off_in_its_last_file_is_finished(tmp_path, sample_datasets):
+    cfg = tiny_config(tmp_path, sample_datasets, "SOLVER.MAX_ITER", "2", "SOLVER.CHECKPOINT_PERIOD", "2")
+    cfg.DATASETS.TEST = ()
+    train(cfg)
+    final, part = tmp_path / "model_final.pth", tmp_path / "model_final.pth.part"
+    whole = torch.load(final, weights_only=True)
+    part.write_bytes(final.read_bytes()[:1000])
+    final.unlink()
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+    train(cfg, resume=True)
+    again = torch.load(final, weights_only=True)
+    assert all(torch.equal(value, again["model"][key]) for key, value in whole.pop("model").items())
+    assert whole["iteration"] == again["iteration"] == 1
+    assert whole["trainer"]["iteration"] == again["trainer"]["iteration"] == 1
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    assert not part.exists()
+
+
 def test_checkpoints_are_whole_or_absent(tmp_path, monkeypatch):
     checkpointer = Checkpointer(torch.nn.Linear(2, 2), str(tmp_path))
     checkpointer.save("first")
