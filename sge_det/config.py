@@ -34,6 +34,8 @@ def _default_options() -> CfgNode:
     # The learning rate of SGE's own parameters as a multiple of the learning rate that they would have; 0 holds the
     # gates at their start.
     options.LR_FACTOR = 1.0
+    # The weight decay of SGE's own parameters; None follows SOLVER.WEIGHT_DECAY. LR_FACTOR multiplies its effect too.
+    options.WEIGHT_DECAY = None
     # Start values of weight (gamma) and bias (beta).
     options.INIT = [0.0, 1.0]
     # Training starts from INIT even where MODEL.WEIGHTS holds SGE parameters.

@@ -13,13 +13,14 @@ from .layer import SpatialGroupEnhance
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Detectron2's ``build_optimizer``, honouring three more things.
 
-    ``MODEL.SGE.LR_FACTOR``, through :func:`scale_sge_lr`; ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE "full_model"``, which
-    clips the norm of the gradient of all parameters together, as the release does: Detectron2's own types clip each
-    parameter by itself; and ``SOLVER.OPTIMIZER``, "SGD" or "ADAMW".
+    ``MODEL.SGE.LR_FACTOR`` and ``WEIGHT_DECAY``, through :func:`scale_sge_lr`; ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE
+    "full_model"``, which clips the norm of the gradient of all parameters together, as the release does: Detectron2's
+    own types clip each parameter by itself; and ``SOLVER.OPTIMIZER``, "SGD" or "ADAMW".
 
     Raises:
         UserError: there is no such optimizer.
     """
+    options = sge_options(cfg)
     clip = cfg.SOLVER.CLIP_GRADIENTS
     whole = clip.ENABLED and clip.CLIP_TYPE == "full_model"
     if whole:
@@ -29,7 +30,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     optimizer = build_plain_optimizer(cfg, model) if optimizer_name(cfg) == "SGD" else _build_adamw(cfg, model)
     if whole:
         clip_whole_gradient(optimizer, clip.CLIP_VALUE, clip.NORM_TYPE)
-    scale_sge_lr(optimizer, model, sge_options(cfg).LR_FACTOR)
+    scale_sge_lr(optimizer, model, options.LR_FACTOR, options.WEIGHT_DECAY)
     return optimizer
 
 
@@ -55,12 +56,16 @@ def clip_whole_gradient(optimizer: torch.optim.Optimizer, max_norm: float, norm_
     optimizer.register_step_pre_hook(clip)
 
 
-def scale_sge_lr(optimizer: torch.optim.Optimizer, model: nn.Module, factor: float) -> None:
+def scale_sge_lr(
+    optimizer: torch.optim.Optimizer, model: nn.Module, factor: float, weight_decay: float | None = None
+) -> None:
     """Multiplies the learning rate of the SGE parameters of ``model`` by ``factor``, in any optimizer that holds them.
 
+    With ``weight_decay`` they decay by that instead of what they had. SGD and AdamW take learning rate times decay off
+    a parameter in each step, so that a factor without a decay of its own draws gamma and beta to zero as much faster.
     Call it before a learning-rate scheduler is built: the scheduler takes its start values from the optimizer.
     """
-    if factor == 1.0:
+    if factor == 1.0 and weight_decay is None:
         return
     sge = {p for module in model.modules() if isinstance(module, SpatialGroupEnhance) for p in module.parameters()}
     for group in list(optimizer.param_groups):
@@ -68,4 +73,5 @@ def scale_sge_lr(optimizer: torch.optim.Optimizer, model: nn.Module, factor: flo
         if not own:
             continue
         group["params"] = [parameter for parameter in group["params"] if parameter not in sge]
-        optimizer.add_param_group({**group, "params": own, "lr": group["lr"] * factor})
+        decay = group["weight_decay"] if weight_decay is None else weight_decay
+        optimizer.add_param_group({**group, "params": own, "lr": group["lr"] * factor, "weight_decay": decay})

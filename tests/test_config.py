@@ -60,6 +60,7 @@ def test_add_sge_config_defaults():
     assert options.GROUPS == 64
     assert options.STAGES == ["res2", "res3", "res4", "res5"]
     assert options.LR_FACTOR == 1.0
+    assert options.WEIGHT_DECAY is None
     assert options.INIT == [0.0, 1.0]
 
 

@@ -57,6 +57,24 @@ def test_scheduler_and_weight_decay_keep_the_factor():
     assert decay[id(net[1].weight)] == cfg.SOLVER.WEIGHT_DECAY_NORM
 
 
+@pytest.mark.parametrize("factor", [1.0, 10.0])
+def test_sge_parameters_can_have_a_decay_of_their_own(factor):
+    cfg = sge_det.get_config(
+        "sample/faster_rcnn_SGE_R_50_FPN.yaml",
+        ["MODEL.SGE.LR_FACTOR", str(factor), "MODEL.SGE.WEIGHT_DECAY", "0.5", "SOLVER.BASE_LR", "0.01"],
+    )
+    net = Net()
+    optimizer = build_optimizer(cfg, net)
+    before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    # without a gradient AdamW takes lr * decay off each weight and does no more (its eq. 12)
+    kept = {"0": 1 - 0.01 * cfg.SOLVER.WEIGHT_DECAY, "1": 1.0, "2": 1 - 0.01 * factor * 0.5}
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(parameter.detach(), before[name] * kept[name[0]])
+
+
 def test_adamw_steps_as_torchs_own_with_the_decays_of_the_config():
     overrides = ["SOLVER.OPTIMIZER", "ADAMW", "SOLVER.WEIGHT_DECAY", "0.1", "SOLVER.WEIGHT_DECAY_NORM", "0.0"]
     cfg = sge_det.get_config("sample/faster_rcnn_SGE_R_50_FPN.yaml", [*overrides, "SOLVER.BASE_LR", "0.01"])
