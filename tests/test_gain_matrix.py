@@ -148,6 +148,10 @@ def test_other_runs_are_refused(finished, sample_datasets, tmp_path, monkeypatch
     with pytest.raises(UserError, match=f"another content of {name}"):
         matrix(output, [sample_datasets[0], (name, str(other), images)])
     matrix(output, sample_datasets, seeds=[1])  # another seed has a folder of its own
+    groups = ["MODEL.SGE.GROUPS", "8"]
+    with pytest.raises(UserError, match=r"sge/seed0 holds a run made with MODEL.SGE.GROUPS 16, this command has 8"):
+        matrix(output, sample_datasets, *groups)
+    matrix(output, sample_datasets, *groups, arm_names=["plain"])  # nothing that its outcome depends on
     monkeypatch.setattr("sge_det.gain.matrix.__version__", "0.0.0")
     with pytest.raises(UserError, match=r"sge_det \S+, this command has 0\.0\.0"):
         matrix(output, sample_datasets)

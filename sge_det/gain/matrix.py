@@ -260,7 +260,7 @@ class Matrix:
                 command += [item for triple in datasets for item in ("--dataset", *triple)]
                 command += [*overrides, *arm.overrides, *own]
                 fingerprint = {
-                    "config": {key: value for key, value in _flat(cfg) if key not in _FREE_KEYS},
+                    "config": _what_counts(cfg),
                     "content": hashes.of(cfg),
                     "version": {"sge_det": __version__, "torch": torch.__version__.split("+")[0]},
                     "processes": launch.num_gpus * launch.num_machines,
@@ -489,6 +489,16 @@ def _checked_seeds(seeds: Sequence[int]) -> list[int]:
         if seed < 0 or list(seeds).count(seed) > 1:
             raise UserError(f"--seeds must be different numbers from 0 on, got {' '.join(map(str, seeds))}")
     return list(seeds)
+
+
+def _what_counts(cfg: CfgNode) -> dict[str, str]:
+    """The keys that a run's outcome depends on: SGE's own do not touch a detector that has it switched off."""
+    switch = "MODEL.SGE.ENABLED"
+    return {
+        key: value
+        for key, value in _flat(cfg)
+        if key not in _FREE_KEYS and (cfg.MODEL.SGE.ENABLED or key == switch or not key.startswith("MODEL.SGE."))
+    }
 
 
 def _flat(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, str]]:
