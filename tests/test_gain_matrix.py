@@ -148,13 +148,32 @@ def test_other_runs_are_refused(finished, sample_datasets, tmp_path, monkeypatch
     with pytest.raises(UserError, match=f"another content of {name}"):
         matrix(output, [sample_datasets[0], (name, str(other), images)])
     matrix(output, sample_datasets, seeds=[1])  # another seed has a folder of its own
-    groups = ["MODEL.SGE.GROUPS", "8"]
-    with pytest.raises(UserError, match=r"sge/seed0 holds a run made with MODEL.SGE.GROUPS 16, this command has 8"):
-        matrix(output, sample_datasets, *groups)
-    matrix(output, sample_datasets, *groups, arm_names=["plain"])  # nothing that its outcome depends on
     monkeypatch.setattr("sge_det.gain.matrix.__version__", "0.0.0")
     with pytest.raises(UserError, match=r"sge_det \S+, this command has 0\.0\.0"):
         matrix(output, sample_datasets)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changed"),
+    [
+        (["MODEL.SGE.GROUPS", "8"], ["sge", "sge-fixed"]),
+        (["MODEL.SGE.LR_FACTOR", "3.0"], ["sge"]),  # sge-fixed has a factor of its own, 0
+        (["MODEL.SGE.STAGES", "['res5']"], ["sge", "sge-fixed", "se"]),
+        (["MODEL.SGE.LOG_PERIOD", "7"], []),
+        (["SOLVER.BASE_LR", "0.01"], ["plain", "sge", "sge-fixed", "se"]),
+    ],
+)
+def test_only_runs_that_a_key_touches_are_refused(finished, sample_datasets, tmp_path, overrides, changed):
+    arms = ["plain", "sge", "sge-fixed", "se"]
+
+    def made(*keys):
+        return [run.fingerprint for run in matrix(tmp_path, sample_datasets, *keys, arm_names=arms).runs]
+
+    assert [arm for arm, a, b in zip(arms, made(), made(*overrides)) if a != b] == changed
+    groups = ["MODEL.SGE.GROUPS", "8"]
+    with pytest.raises(UserError, match=r"sge/seed0 holds a run made with MODEL.SGE.GROUPS 16, this command has 8"):
+        matrix(finished[0], sample_datasets, *groups)
+    matrix(finished[0], sample_datasets, *groups, arm_names=["plain", "se"])
 
 
 @pytest.mark.parametrize(

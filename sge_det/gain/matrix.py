@@ -492,12 +492,16 @@ def _checked_seeds(seeds: Sequence[int]) -> list[int]:
 
 
 def _what_counts(cfg: CfgNode) -> dict[str, str]:
-    """The keys that a run's outcome depends on: SGE's own do not touch a detector that has it switched off."""
-    switch = "MODEL.SGE.ENABLED"
+    """The keys that a run's outcome depends on: what tunes SGE does not touch a detector without it."""
+    options, section = cfg.MODEL.SGE, "MODEL.SGE."
+    if not options.ENABLED:
+        own = {f"{section}ENABLED"}
+    elif options.ATTENTION != "sge":
+        own = {f"{section}{key}" for key in ("ENABLED", "ATTENTION", "STAGES")}
+    else:
+        own = {f"{section}{key}" for key in options}
     return {
-        key: value
-        for key, value in _flat(cfg)
-        if key not in _FREE_KEYS and (cfg.MODEL.SGE.ENABLED or key == switch or not key.startswith("MODEL.SGE."))
+        key: value for key, value in _flat(cfg) if key not in _FREE_KEYS and (key in own or not key.startswith(section))
     }
 
 
