@@ -148,9 +148,13 @@ def test_other_runs_are_refused(finished, sample_datasets, tmp_path, monkeypatch
     with pytest.raises(UserError, match=f"another content of {name}"):
         matrix(output, [sample_datasets[0], (name, str(other), images)])
     matrix(output, sample_datasets, seeds=[1])  # another seed has a folder of its own
-    monkeypatch.setattr("sge_det.gain.matrix.__version__", "0.0.0")
-    with pytest.raises(UserError, match=r"sge_det \S+, this command has 0\.0\.0"):
-        matrix(output, sample_datasets)
+    for package, place in {"sge_det": "sge_det.gain.matrix", "Detectron2": "detectron2", "torch": "torch"}.items():
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(UserError, match=rf"{package} \S+, this command has 0\.0\.0"),
+        ):
+            patch.setattr(f"{place}.__version__", "0.0.0")
+            matrix(output, sample_datasets)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import detectron2
 import filelock
 import torch
 from detectron2.config import CfgNode
@@ -262,7 +263,11 @@ class Matrix:
                 fingerprint = {
                     "config": _what_counts(cfg),
                     "content": hashes.of(cfg),
-                    "version": {"sge_det": __version__, "torch": torch.__version__.split("+")[0]},
+                    "version": {
+                        "sge_det": __version__,
+                        "Detectron2": detectron2.__version__,
+                        "torch": torch.__version__.split("+")[0],
+                    },
                     "processes": launch.num_gpus * launch.num_machines,
                 }
                 if reference is not None:
