@@ -51,7 +51,8 @@ def sge_options(cfg: CfgNode) -> CfgNode:
     """``cfg.MODEL.SGE``, or its defaults in a config that never heard of it.
 
     Raises:
-        UserError: a stage or an attention that does not exist, or an INIT that is not two numbers.
+        UserError: a stage or an attention that does not exist, an INIT that is not two numbers, or a WEIGHT_DECAY that
+            is no decay.
     """
     options = cfg.MODEL.get("SGE", None) or _default_options()
     for stage in options.STAGES:
@@ -61,6 +62,9 @@ def sge_options(cfg: CfgNode) -> CfgNode:
         raise UserError(f"MODEL.SGE.ATTENTION {options.ATTENTION!r} is not one of {', '.join(ATTENTIONS)}")
     if len(options.INIT) != 2 or not all(isinstance(value, int | float) for value in options.INIT):
         raise UserError(f"MODEL.SGE.INIT must be two numbers, weight and bias; got {options.INIT}")
+    decay = options.get("WEIGHT_DECAY", None)
+    if decay is not None and not (isinstance(decay, int | float) and decay >= 0):
+        raise UserError(f"MODEL.SGE.WEIGHT_DECAY must be a number of at least 0, or None; got {decay!r}")
     return options
 
 

@@ -79,6 +79,8 @@ def test_get_config_file_is_absolute_or_exists(tmp_path, monkeypatch):
         ("sample/faster_rcnn_SGE_R_50_FPN.yaml", ["MODEL.SGE.GROUPS"], "has no value"),
         ("sample/faster_rcnn_SGE_R_50_FPN.yaml", ["MODEL.SGE.STAGES", "['res6']"], "'res6'"),
         ("sample/faster_rcnn_SGE_R_50_FPN.yaml", ["MODEL.SGE.INIT", "[0.0]"], "MODEL.SGE.INIT"),
+        ("sample/faster_rcnn_SGE_R_50_FPN.yaml", ["MODEL.SGE.WEIGHT_DECAY", "none"], "MODEL.SGE.WEIGHT_DECAY"),
+        ("sample/faster_rcnn_SGE_R_50_FPN.yaml", ["MODEL.SGE.WEIGHT_DECAY", "-0.1"], "at least 0"),
         ("sample/faster_rcnn_SGE_R_50_FPN.yaml", ["MODEL.SGE.ATTENTION", "sag"], "'sag'"),
     ],
 )
