@@ -52,6 +52,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="holds Annotations, ImageSets and JPEGImages")
     parser.add_argument("output", type=Path)
     args = parser.parse_args()
+    for part in ("Annotations", "ImageSets/Main/test.txt"):
+        if not (args.folder / part).exists():
+            parser.error(f"{args.folder / part} is not there: name the folder BCCD_Dataset/BCCD")
     names = sorted(path.stem for path in (args.folder / "Annotations").glob("*.xml"))
     test = sorted((args.folder / "ImageSets/Main/test.txt").read_text().split())
     sets = {

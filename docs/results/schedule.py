@@ -26,6 +26,11 @@ def main() -> None:
     parser.add_argument("output", help="the picture, .png")
     parser.add_argument("runs", nargs="+", metavar="LABEL=FOLDER")
     args = parser.parse_args()
+    if len(args.runs) > len(STYLES):
+        parser.error(f"{len(args.runs)} runs, and there are styles for {len(STYLES)}: draw fewer")
+    for run in args.runs:
+        if "=" not in run or not Path(run.split("=", 1)[1], "metrics.json").is_file():
+            parser.error(f"{run} is not LABEL=FOLDER with a metrics.json in the folder")
     with rc_context({"font.size": 13, "font.family": "DejaVu Sans"}):
         figure = Figure(figsize=(8, 4.2), dpi=110, layout="constrained")
         axes = figure.add_subplot()
