@@ -1,12 +1,11 @@
 """Spatial Group-wise Enhance for Detectron2. Importing the package registers its backbones."""
 
-from .attention import record_gates
 from .config import add_sge_config, get_config, get_config_file
-from .data import register_sample
+from .data.datasets import register_sample
 from .errors import UserError
-from .layer import SpatialGroupEnhance
-from .optimizer import build_optimizer, scale_sge_lr
-from .resnet import (
+from .layers.sge import SpatialGroupEnhance
+from .modeling.gates import record_gates
+from .modeling.resnet import (
     Attention,
     SGEBasicBlock,
     SGEBottleneckBlock,
@@ -14,6 +13,7 @@ from .resnet import (
     build_sge_resnet_backbone,
     build_sge_resnet_fpn_backbone,
 )
+from .solver import build_optimizer, scale_sge_lr
 
 __version__ = "0.1.0"
 

@@ -20,7 +20,7 @@ TINY = [
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory):
     """A folder with a small sample set in the plain layout."""
-    from sge_det.sample import make_sample_coco
+    from sge_det.data.sample import make_sample_coco
 
     folder = tmp_path_factory.mktemp("sample") / "sge_sample"
     make_sample_coco(folder, train=8, val=4, size=96, seed=3)

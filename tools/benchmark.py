@@ -14,7 +14,7 @@ import torch
 from sge_det import benchmark
 from sge_det.config import load_config
 from sge_det.errors import UserError, user_errors
-from sge_det.gain.files import write_json
+from sge_det.files import write_json
 
 
 def parser() -> argparse.ArgumentParser:

@@ -8,9 +8,9 @@ Takes train_net.py's arguments. Exit code 2 where there is an error, 0 otherwise
 
 import sys
 
-from sge_det.doctor import diagnose
+from sge_det.engine.doctor import diagnose
+from sge_det.engine.training import argument_parser
 from sge_det.errors import UserError, user_errors
-from sge_det.training import argument_parser
 
 
 @user_errors

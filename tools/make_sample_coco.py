@@ -8,8 +8,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from sge_det.data.preview import contact_sheet
+from sge_det.data.sample import SPLITS, make_sample_coco
 from sge_det.errors import user_errors
-from sge_det.sample import SPLITS, contact_sheet, make_sample_coco
 
 
 def parser() -> argparse.ArgumentParser:

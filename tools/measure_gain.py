@@ -14,12 +14,12 @@ from pathlib import Path
 
 from detectron2.engine import default_argument_parser
 
+from sge_det.engine.training import add_dataset_option
 from sge_det.errors import UserError, user_errors
 from sge_det.gain import Launch, Matrix, Measurement, RunFailed, compare_results, measure_gain
 from sge_det.gain.arms import BUILT_IN
 from sge_det.gain.report import metric_table
 from sge_det.gain.statistics import TASK_NAMES
-from sge_det.training import add_dataset_option
 
 
 def parser() -> argparse.ArgumentParser:

@@ -10,10 +10,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from sge_det.analysis.pointing import pointing_game, pointing_report
+from sge_det.engine.training import add_dataset_option, load_model, setup_config
 from sge_det.errors import user_errors
-from sge_det.gain.files import write_json
-from sge_det.pointing import pointing_game, pointing_report
-from sge_det.training import add_dataset_option, load_model, setup_config
+from sge_det.files import write_json
 
 
 def parser() -> argparse.ArgumentParser:

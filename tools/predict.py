@@ -10,9 +10,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from sge_det.analysis.predict import find_files, predict, report_faults, setup_prediction, split_input
+from sge_det.engine.training import add_dataset_option
 from sge_det.errors import user_errors
-from sge_det.predict import find_files, predict, report_faults, setup_prediction, split_input
-from sge_det.training import add_dataset_option
 
 
 def parser() -> argparse.ArgumentParser:

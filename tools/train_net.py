@@ -9,8 +9,8 @@ train_net.py --config-file F MODEL.SGE.ENABLED False    # the plain twin
 import argparse
 
 from sge_det.config import find_config
+from sge_det.engine.training import argument_parser, evaluate, launch, setup_config, start_run, train
 from sge_det.errors import user_errors
-from sge_det.training import argument_parser, evaluate, launch, setup_config, start_run, train
 
 
 def run(args: argparse.Namespace) -> dict:

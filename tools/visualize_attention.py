@@ -13,10 +13,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from sge_det.analysis.predict import find_files, report_faults, setup_prediction, split_input
+from sge_det.analysis.visualize import BLOCKS_FIGURE, visualize_dataset, visualize_images
+from sge_det.engine.training import add_dataset_option, setup_config
 from sge_det.errors import user_errors
-from sge_det.predict import find_files, report_faults, setup_prediction, split_input
-from sge_det.training import add_dataset_option, setup_config
-from sge_det.visualize import BLOCKS_FIGURE, visualize_dataset, visualize_images
 
 
 def parser() -> argparse.ArgumentParser:

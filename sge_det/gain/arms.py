@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 
 from detectron2.config import CfgNode
 
-from ..checkpoint import check_weights_exist
+from ..checkpoint import read_source, transplant_state
+from ..checkpoint.checkpointer import check_weights_exist
+from ..checkpoint.mapping import to_detectron2
+from ..checkpoint.transplant import check_has_sge
 from ..config import ATTENTIONS, merge_overrides, sge_options
-from ..doctor import Finding, examine_files, examine_settings
+from ..engine.doctor import Finding, examine_files, examine_settings
 from ..errors import UserError
-from ..weights import read_source, transplant_state
-from ..weights.mapping import to_detectron2
-from ..weights.transplant import check_has_sge
 
 TRANSPLANT = "sge-transplant"
 BUILT_IN = ("plain", "sge", "sge-fixed", TRANSPLANT, *(name for name in ATTENTIONS if name != "sge"))

@@ -23,13 +23,13 @@ from detectron2.data import MetadataCatalog
 from tqdm import tqdm
 
 from .. import __version__
+from ..checkpoint import transplant_file
 from ..config import find_config
-from ..doctor import tell
+from ..engine.doctor import tell
+from ..engine.training import setup_config
 from ..errors import UserError
-from ..training import setup_config
-from ..weights import transplant_file
+from ..files import cannot_write, disk_full, is_disk_full, write_json
 from .arms import Arm, choose_arms, examine_arms
-from .files import cannot_write, disk_full, is_disk_full, write_json
 from .run import RESULT_FILE, import_modules
 
 FINGERPRINT_FILE = "fingerprint.json"

@@ -9,8 +9,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..evaluation import METRICS
-from ..figures import COLORS
+from ..analysis.figures import COLORS
+from ..evaluation.coco import METRICS
 from .statistics import TASK_NAMES, Measurement
 
 # The other arms have Okabe and Ito's palette.

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import pointing
-from ..evaluation import METRICS
+from ..analysis import pointing
+from ..evaluation.coco import METRICS
+from ..files import write_file, write_json
 from . import plots
-from .files import write_file, write_json
 from .gallery import SCORE, GalleryImage
 from .statistics import TASK_NAMES, Measurement
 
@@ -66,7 +66,7 @@ class Extras:
     Attributes:
         curves: by arm and seed, what the run logged (``Run.curves``).
         galleries: by arm, the images on which it differs most from the reference.
-        pointing: by arm and seed, what :func:`sge_det.pointing.play` returns.
+        pointing: by arm and seed, what :func:`sge_det.analysis.pointing.play` returns.
         provenance: what was compared, and with what: (name, value) pairs.
     """
 

@@ -13,13 +13,13 @@ import filelock
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from ..attention import gate_statistics
-from ..checkpoint import Checkpointer
-from ..data import build_test_loader
+from ..analysis.pointing import pointing_game
+from ..checkpoint.checkpointer import Checkpointer
+from ..data.loader import build_test_loader
+from ..engine.training import argument_parser, build_seeded_model, launch, setup_config, start_run, train
 from ..errors import UserError, user_errors
-from ..pointing import pointing_game
-from ..training import argument_parser, build_seeded_model, launch, setup_config, start_run, train
-from .files import write_json
+from ..files import write_json
+from ..modeling.gates import gate_statistics
 
 RESULT_FILE = "result.json"
 # What a dead worker leaves running ends by itself in less than this many seconds.

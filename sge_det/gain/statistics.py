@@ -14,9 +14,9 @@ import numpy as np
 import scipy.stats
 from tqdm import tqdm
 
-from ..data import check_annotations, mask_fault, read_annotations
+from ..data.datasets import check_annotations, mask_fault, read_annotations
 from ..errors import UserError
-from ..evaluation import TASKS, coco_metrics, evaluate_detections
+from ..evaluation.coco import TASKS, coco_metrics, evaluate_detections
 
 SCHEMA = 1
 CONFIDENCE = 0.95
@@ -72,7 +72,7 @@ def measure(
         detections: for each arm, the first being the reference, a file in COCO's result format for each seed.
         seeds: of the files; 0, 1, ... by default.
         bootstrap: samples of the image bootstrap of each difference; 0 for none.
-        gates: by arm and seed, the statistics of :func:`sge_det.attention.gate_statistics`.
+        gates: by arm and seed, the statistics of :func:`sge_det.modeling.gates.gate_statistics`.
         images: also score each image, which the gallery needs.
 
     Raises:

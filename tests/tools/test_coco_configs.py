@@ -32,7 +32,7 @@ for leaf in sys.argv[3:]:
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
-    from sge_det.sample import make_sample_coco
+    from sge_det.data.sample import make_sample_coco
 
     folder = tmp_path_factory.mktemp("coco")
     make_sample_coco(folder / "datasets", train=2, val=2, size=96, seed=1, coco_layout=True)

@@ -1,0 +1,184 @@
+"""Loaders: a training order that depends on the seed alone, and errors that name the image."""
+
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetFromList,
+    DatasetMapper,
+    build_detection_test_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.utils import comm
+
+from ..errors import UserError
+from .datasets import check_masks
+
+
+def build_train_loader(cfg: CfgNode, seed: int) -> "ReplayableLoader":
+    """The training loader of ``cfg``, with the order and the augmentations that ``seed`` determines.
+
+    Raises:
+        UserError: there is nothing to train on, or the batch cannot be divided among the processes.
+    """
+    try:
+        dicts = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    except AssertionError as error:
+        raise UserError(f"DATASETS.TRAIN {cfg.DATASETS.TRAIN} holds no image with an object: {error}") from error
+    if cfg.MODEL.MASK_ON:
+        entries = ((f"an object in {d['file_name']}", entry) for d in dicts for entry in d["annotations"])
+        check_masks(cfg, entries, are_trained=True)
+    name = cfg.DATALOADER.SAMPLER_TRAIN
+    if name == "TrainingSampler":
+        sampler = TrainingSampler(len(dicts), seed=seed)
+    elif name == "RepeatFactorTrainingSampler":
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            dicts, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
+        )
+        sampler = RepeatFactorTrainingSampler(factors, seed=seed)
+    else:
+        raise UserError(
+            f"DATALOADER.SAMPLER_TRAIN {name} is not supported: set TrainingSampler or RepeatFactorTrainingSampler"
+        )
+    world = comm.get_world_size()
+    if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % world:
+        raise UserError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is not a multiple of the {world} processes")
+    wide = None
+    if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+        wide = [d["width"] > d["height"] for d in dicts]
+    return ReplayableLoader(
+        _SeededDataset(DatasetFromList(dicts, copy=False), DatasetMapper(cfg, is_train=True), seed),
+        sampler,
+        cfg.SOLVER.IMS_PER_BATCH // world,
+        wide=wide,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
+
+
+class ReplayableLoader:
+    """An endless loader of batches that depend on nothing but the seed and the batch's number.
+
+    Neither the model, nor the number of workers, nor an interruption changes them: set ``start`` to the number of
+    batches already used and it goes on with the next one.
+
+    Args:
+        dataset: maps (position, index) to an example.
+        sampler: yields indices without end, the same at each iteration over it.
+        batch_size: examples in a batch of this process.
+        wide: for each index, whether the image is wider than high; batches then hold images of one kind. None: mixed.
+        num_workers: processes that load; 0 loads in this one.
+    """
+
+    def __init__(self, dataset, sampler, batch_size: int, *, wide: Sequence[bool] | None = None, num_workers: int = 0):
+        self.dataset = dataset
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.wide = wide
+        self.num_workers = num_workers
+        self.start = 0
+
+    def batches(self) -> Iterator[list[tuple[int, int]]]:
+        """Yields batches as lists of (position in the stream, index in the data set), from ``start`` on."""
+        return itertools.islice(self._all_batches(), self.start, None)
+
+    def _all_batches(self) -> Iterator[list[tuple[int, int]]]:
+        rank, world = comm.get_rank(), comm.get_world_size()
+        waiting: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
+        for count, index in enumerate(self.sampler):
+            batch = waiting[self.wide is not None and self.wide[index]]
+            batch.append((count * world + rank, index))
+            if len(batch) == self.batch_size:
+                yield batch.copy()
+                batch.clear()
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        loader = torch.utils.data.DataLoader(
+            self.dataset,
+            batch_sampler=_Batches(self),
+            num_workers=self.num_workers,
+            collate_fn=list,
+            # else the loader's start would draw from the generator that the heads sample with
+            generator=torch.Generator(),
+        )
+        yield from _with_plain_errors(loader)
+
+
+def _with_plain_errors(loader: Iterable[list[dict]]) -> Iterator[list[dict]]:
+    try:
+        yield from loader
+    except UserError as error:
+        # a worker's error arrives with its traceback as its text
+        raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
+
+
+def build_test_loader(cfg: CfgNode, name: str, *, alone: bool = False) -> "EvaluationLoader":
+    """Detectron2's loader of a test set, which tells of an image that cannot be read as :func:`map_image` does.
+
+    Args:
+        alone: this process gets all images; otherwise its share of them.
+    """
+    mapper = functools.partial(map_image, DatasetMapper(cfg, is_train=False))
+    sampler = {"sampler": range(len(DatasetCatalog.get(name)))} if alone else {}
+    return EvaluationLoader(build_detection_test_loader(cfg, name, mapper=mapper, **sampler))
+
+
+class EvaluationLoader:
+    """Batches of ``loader``; the errors of its workers are one sentence."""
+
+    def __init__(self, loader: torch.utils.data.DataLoader):
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        return _with_plain_errors(self.loader)
+
+
+class _Batches:
+    def __init__(self, loader: ReplayableLoader):
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self.loader.batches()
+
+
+class _SeededDataset(torch.utils.data.Dataset):
+    """Examples whose augmentation is drawn from the seed and their position in the stream."""
+
+    def __init__(self, examples: Sequence[dict], mapper: DatasetMapper, seed: int):
+        self.examples = examples
+        self.mapper = mapper
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        position, index = key
+        # Detectron2's augmentations draw from this generator
+        np.random.seed((self.seed * 1_000_003 + position) % 2**32)
+        example = self.examples[index]
+        return map_image(self.mapper, example)
+
+
+def map_image(mapper: DatasetMapper, example: dict) -> dict:
+    """``mapper(example)``, with a sentence that names the image where it cannot be read.
+
+    Raises:
+        UserError: the image is missing, damaged, or not of the size that the annotations say.
+    """
+    try:
+        return mapper(example)
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"the image {example['file_name']} cannot be read: {error}") from error
+    except Exception as error:
+        if type(error).__name__ == "SizeMismatchError":
+            raise UserError(f"the image {example['file_name']} is not of the annotated size: {error}") from error
+        raise

@@ -1,0 +1,313 @@
+"""One way to set up, train and evaluate a config: the tools, the gain measurement and the tests all take it."""
+
+import argparse
+import logging
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, default_argument_parser, default_setup
+from detectron2.engine import launch as launch_processes
+from detectron2.engine.train_loop import AMPTrainer, SimpleTrainer, TrainerBase
+from detectron2.evaluation import verify_results
+from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from ..checkpoint.checkpointer import Checkpointer
+from ..checkpoint.sources import Recipe
+from ..config import load_config, sge_options
+from ..data.datasets import use_datasets
+from ..data.loader import EvaluationLoader, ReplayableLoader, build_test_loader, build_train_loader
+from ..errors import UserError
+from ..evaluation.coco import build_evaluator
+from ..modeling.gates import GateWriter, sge_layers
+from ..modeling.resnet import start_sge
+from ..solver import build_optimizer
+from . import doctor
+
+logger = logging.getLogger(__name__)
+
+
+def argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
+    """Detectron2's ``default_argument_parser`` with ``--dataset``."""
+    parser = default_argument_parser(epilog)
+    add_dataset_option(
+        parser, "register a COCO-format data set (repeatable); NUM_CLASSES, DATASETS.TRAIN and DATASETS.TEST follow"
+    )
+    return parser
+
+
+def add_dataset_option(parser: argparse.ArgumentParser, what: str) -> None:
+    """Adds ``--dataset NAME JSON IMAGES``, which :func:`setup_config` takes; ``what`` is its help."""
+    parser.add_argument(
+        "--dataset", nargs=3, action="append", default=[], metavar=("NAME", "JSON", "IMAGES"), help=what
+    )
+
+
+def launch(function: Callable, args: argparse.Namespace) -> None:
+    """Runs ``function(args)`` in the processes that the launch arguments of ``args`` ask for.
+
+    Without GPUs, ``--num-gpus N`` starts N processes on the CPU, which talk through gloo.
+
+    Raises:
+        UserError: one of the processes raised it.
+    """
+    try:
+        launch_processes(function, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
+    except torch.multiprocessing.ProcessRaisedException as error:
+        # it carries the process's traceback as its text
+        text = str(error).strip().rsplit("UserError: ", 1)
+        if len(text) < 2:
+            raise
+        raise UserError(text[1]) from None
+
+
+def setup_config(
+    config_file: str,
+    overrides: list[str] | tuple[str, ...] = (),
+    datasets: list[tuple[str, str, str]] | tuple = (),
+    *,
+    eval_only: bool = False,
+) -> CfgNode:
+    """Reads a config, takes the data sets into it and checks all that can be checked before a model is built.
+
+    Args:
+        config_file: a YAML file, or the name of one that comes with sge_det.
+        overrides: KEY VALUE KEY VALUE ...
+        datasets: (name, annotation JSON, image folder) triples to register.
+        eval_only: nothing will be trained, so that the training set need not be there.
+
+    Returns:
+        the config, not frozen; ``MODEL.DEVICE`` is "cpu" where there is no GPU.
+
+    Raises:
+        UserError: anything in it that cannot work, in one sentence.
+    """
+    if not config_file:
+        raise UserError("give a config with --config-file, for instance configs/sample/faster_rcnn_SGE_R_50_FPN.yaml")
+    overrides = list(overrides)
+    cfg = load_config(config_file, overrides)
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    doctor.tell(doctor.examine_settings(cfg, config_file, eval_only=eval_only))
+    use_datasets(cfg, datasets, overrides, eval_only=eval_only)
+    if comm.is_main_process():
+        doctor.tell(doctor.examine_files(cfg, eval_only=eval_only))
+    return cfg
+
+
+def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Freezes ``cfg`` and makes ``OUTPUT_DIR`` with its config and logs: Detectron2's ``default_setup``.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    cfg.freeze()
+    try:
+        default_setup(cfg, args)
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="sge_det")
+    except OSError as error:
+        raise UserError(
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written ({error.strerror or error}): name another"
+        ) from error
+
+
+def plain_twin(cfg: CfgNode) -> CfgNode:
+    """A copy of ``cfg`` with ``MODEL.SGE.ENABLED`` off."""
+    twin = cfg.clone()
+    twin.defrost()
+    twin.MODEL.SGE.ENABLED = False
+    return twin
+
+
+def build_seeded_model(cfg: CfgNode) -> torch.nn.Module:
+    """Builds the model of ``cfg``, all whose parameters that its plain twin shares start at the twin's values.
+
+    The values depend on ``cfg.SEED`` alone (drawn anew where it is negative), whatever attention the model has.
+
+    Raises:
+        UserError: the config does not describe a model that can be built.
+    """
+    seed = cfg.SEED if cfg.SEED >= 0 else torch.seed() % 2**31
+
+    def build(config: CfgNode) -> torch.nn.Module:
+        torch.manual_seed(seed)
+        try:
+            return build_model(config)
+        except (AssertionError, KeyError) as error:
+            raise UserError(f"Detectron2 cannot build the model of this config: {error}") from error
+
+    model = build(cfg)
+    options = sge_options(cfg)
+    if options.ENABLED and options.ATTENTION != "sge":
+        # SGE draws nothing from the generator, its rivals do
+        model.load_state_dict(build(plain_twin(cfg)).state_dict(), strict=False)
+    return model
+
+
+class Trainer(DefaultTrainer):
+    """Detectron2's ``DefaultTrainer`` with runs that can be repeated and resumed.
+
+    Data order, augmentations, start values and the sampling in the heads follow from ``cfg.SEED`` and the iteration's
+    number, so that a run that was interrupted and resumed ends like one that was not. Honours ``MODEL.SGE.LR_FACTOR``;
+    trains on CPUs in several processes too.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        TrainerBase.__init__(self)
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed() % 2**31
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = build_train_loader(cfg, self.seed)
+        # DDP takes device ids for GPUs only
+        devices = {} if cfg.MODEL.DEVICE != "cpu" else {"device_ids": None}
+        model = create_ddp_model(model, broadcast_buffers=False, **devices)
+        trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+        self._trainer = trainer(model, data_loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        metadata = Recipe.of_config(cfg).metadata()
+        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, metadata=metadata, trainer=weakref.proxy(self))
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        super().resume_or_load(resume)
+        self.data_loader.start = self.start_iter
+        if self.start_iter == 0 and sge_options(self.cfg).RESET:
+            start_sge(self.model, sge_options(self.cfg).INIT)
+
+    def run_step(self) -> None:
+        torch.manual_seed((self.seed * 1_000_003 + self.iter) * comm.get_world_size() + comm.get_rank())
+        super().run_step()
+
+    def build_hooks(self) -> list[HookBase]:
+        hooks = super().build_hooks()
+        period = sge_options(self.cfg).LOG_PERIOD
+        if period > 0 and comm.is_main_process() and sge_layers(self.model):
+            # before the evaluation, which would count as well, and before the writers, which come last
+            hooks.insert(0, GateWriter(self.model, period))
+        return hooks
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> torch.nn.Module:
+        return build_seeded_model(cfg)
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> ReplayableLoader:
+        return build_train_loader(cfg, max(cfg.SEED, 0))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> EvaluationLoader:
+        return build_test_loader(cfg, dataset_name)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str):
+        return build_evaluator(cfg, dataset_name)
+
+    @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model: torch.nn.Module) -> OrderedDict:
+        """The results with test-time augmentation, as "bbox_TTA" and so on; the name is Detectron2's."""
+        logger.info("evaluating with test-time augmentation")
+        evaluators = [build_evaluator(cfg, name, "inference_TTA") for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return OrderedDict({f"{key}_TTA": value for key, value in results.items()})
+
+
+def train(cfg: CfgNode, *, resume: bool = False) -> OrderedDict:
+    """Trains ``cfg`` to its end and evaluates it on ``DATASETS.TEST``.
+
+    Args:
+        cfg: from :func:`setup_config`.
+        resume: go on from the last checkpoint in ``OUTPUT_DIR`` if there is one.
+
+    Returns:
+        Detectron2's results of the last evaluation, e.g. ``{"bbox": {"AP": 31.4, ...}}`` with AP in points (0-100);
+        empty where there is no test set or this is not the main process.
+
+    Raises:
+        UserError: the loss is no longer finite, the weights do not match, or there is nothing left to train.
+    """
+    if not cfg.DATASETS.TRAIN:
+        raise UserError("DATASETS.TRAIN is empty: name a data set, or give one with --dataset NAME JSON IMAGES")
+    doctor.tell(doctor.examine_run(cfg, processes=comm.get_world_size()))
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    if trainer.start_iter >= trainer.max_iter:
+        logger.warning(
+            f"{cfg.OUTPUT_DIR} is already trained to iteration {trainer.start_iter}: raise SOLVER.MAX_ITER "
+            f"({trainer.max_iter}) to train on. Evaluating it."
+        )
+        _finish_last_checkpoint(trainer)
+        return _test(cfg, trainer.model)
+    log = logging.getLogger("detectron2.engine.train_loop")
+    log.addFilter(_is_no_users_mistake)
+    try:
+        trainer.train()
+    except FloatingPointError as error:
+        raise UserError(
+            f"the loss is no longer finite, lower SOLVER.BASE_LR ({cfg.SOLVER.BASE_LR}): {error}"
+        ) from error
+    finally:
+        log.removeFilter(_is_no_users_mistake)
+    results = getattr(trainer, "_last_eval_results", OrderedDict())
+    if cfg.TEST.AUG.ENABLED:
+        results.update(Trainer.test_with_TTA(cfg, trainer.model))
+    return results
+
+
+def _finish_last_checkpoint(trainer: Trainer) -> None:
+    """Writes ``model_final.pth`` where the training was cut off after the last iteration and before that file."""
+    last = Path(trainer.checkpointer.get_checkpoint_file()).name
+    if trainer.start_iter == trainer.max_iter and last != "model_final.pth":
+        trainer.checkpointer.save("model_final", iteration=trainer.max_iter - 1)
+
+
+def _is_no_users_mistake(record: logging.LogRecord) -> bool:
+    """Keeps the traceback that Detectron2 logs of every error away from those that end as a sentence."""
+    return not (record.exc_info and isinstance(record.exc_info[1], UserError | FloatingPointError))
+
+
+def evaluate(cfg: CfgNode, *, resume: bool = False) -> OrderedDict:
+    """Evaluates ``MODEL.WEIGHTS``, or with ``resume`` the last checkpoint in ``OUTPUT_DIR``, on ``DATASETS.TEST``.
+
+    Returns:
+        as :func:`train`.
+
+    Raises:
+        UserError: there are no weights, or they do not fill the model.
+    """
+    results = _test(cfg, load_model(cfg, resume=resume))
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
+
+
+def _test(cfg: CfgNode, model: torch.nn.Module) -> OrderedDict:
+    results = Trainer.test(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        results.update(Trainer.test_with_TTA(cfg, model))
+    return results
+
+
+def load_model(cfg: CfgNode, *, resume: bool = False) -> torch.nn.Module:
+    """The model of ``cfg`` with ``MODEL.WEIGHTS``, or with ``resume`` with the last checkpoint in ``OUTPUT_DIR``.
+
+    Raises:
+        UserError: there are no weights, or they do not fill the model.
+    """
+    if not cfg.MODEL.WEIGHTS and not (resume and Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file()):
+        raise UserError("there are no weights to evaluate: name them with MODEL.WEIGHTS FILE")
+    model = build_seeded_model(cfg)
+    Checkpointer(model, cfg.OUTPUT_DIR, whole_model=True).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    return model

@@ -1,0 +1,1 @@
+"""The layer: its formula, its gradient and the fused tail of a residual block. Torch alone."""

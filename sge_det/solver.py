@@ -1,0 +1,77 @@
+"""The optimizer: a learning rate of their own for SGE's parameters, and the clipping of the paper's recipe."""
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.solver import build_optimizer as build_plain_optimizer
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from torch import nn
+
+from .config import optimizer_name, sge_options
+from .layers.sge import SpatialGroupEnhance
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """Detectron2's ``build_optimizer``, honouring three more things.
+
+    ``MODEL.SGE.LR_FACTOR`` and ``WEIGHT_DECAY``, through :func:`scale_sge_lr`; ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE
+    "full_model"``, which clips the norm of the gradient of all parameters together, as the release does: Detectron2's
+    own types clip each parameter by itself; and ``SOLVER.OPTIMIZER``, "SGD" or "ADAMW".
+
+    Raises:
+        UserError: there is no such optimizer.
+    """
+    options = sge_options(cfg)
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    whole = clip.ENABLED and clip.CLIP_TYPE == "full_model"
+    if whole:
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
+    optimizer = build_plain_optimizer(cfg, model) if optimizer_name(cfg) == "SGD" else _build_adamw(cfg, model)
+    if whole:
+        clip_whole_gradient(optimizer, clip.CLIP_VALUE, clip.NORM_TYPE)
+    scale_sge_lr(optimizer, model, options.LR_FACTOR, options.WEIGHT_DECAY)
+    return optimizer
+
+
+def _build_adamw(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    groups = get_default_optimizer_params(
+        model,
+        base_lr=cfg.SOLVER.BASE_LR,
+        weight_decay=cfg.SOLVER.WEIGHT_DECAY,
+        weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+        bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+        weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+    )
+    return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(groups, lr=cfg.SOLVER.BASE_LR)
+
+
+def clip_whole_gradient(optimizer: torch.optim.Optimizer, max_norm: float, norm_type: float = 2.0) -> None:
+    """Makes every step of ``optimizer`` scale the gradient of all its parameters down to ``max_norm`` first."""
+
+    def clip(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+
+    optimizer.register_step_pre_hook(clip)
+
+
+def scale_sge_lr(
+    optimizer: torch.optim.Optimizer, model: nn.Module, factor: float, weight_decay: float | None = None
+) -> None:
+    """Multiplies the learning rate of the SGE parameters of ``model`` by ``factor``, in any optimizer that holds them.
+
+    With ``weight_decay`` they decay by that instead of what they had. SGD and AdamW take learning rate times decay off
+    a parameter in each step, so that a factor without a decay of its own draws gamma and beta to zero as much faster.
+    Call it before a learning-rate scheduler is built: the scheduler takes its start values from the optimizer.
+    """
+    if factor == 1.0 and weight_decay is None:
+        return
+    sge = {p for module in model.modules() if isinstance(module, SpatialGroupEnhance) for p in module.parameters()}
+    for group in list(optimizer.param_groups):
+        own = [parameter for parameter in group["params"] if parameter in sge]
+        if not own:
+            continue
+        group["params"] = [parameter for parameter in group["params"] if parameter not in sge]
+        decay = group["weight_decay"] if weight_decay is None else weight_decay
+        optimizer.add_param_group({**group, "params": own, "lr": group["lr"] * factor, "weight_decay": decay})

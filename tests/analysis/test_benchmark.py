@@ -1,0 +1,94 @@
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sge_det import benchmark
+from sge_det.layers.sge import SpatialGroupEnhance
+
+SHAPE = (2, 256, 50, 76)
+ACTIVATION = 4 * torch.Size(SHAPE).numel()
+
+
+def test_contestants_that_are_sge_agree():
+    tails = benchmark.contestants(128)
+    x, shortcut = torch.randn(2, 128, 5, 7), torch.randn(2, 128, 5, 7)
+    with torch.no_grad():
+        for module in (benchmark.TEXTBOOK, benchmark.LAYER):
+            tails[module][0].weight.fill_(0.7)
+        expected = tails[benchmark.TEXTBOOK][1](x, shortcut)
+        torch.testing.assert_close(tails[benchmark.LAYER][1](x, shortcut), expected)
+        tails[benchmark.TAIL][0].weight.fill_(0.7)
+        torch.testing.assert_close(tails[benchmark.TAIL][1](x.clone(), shortcut), expected)
+
+
+def test_saved_bytes_are_one_activation_more_than_without_attention():
+    layer = SpatialGroupEnhance()
+    x, shortcut = torch.randn(SHAPE, requires_grad=True), torch.randn(SHAPE)
+    plain = benchmark.saved_bytes(lambda x, shortcut: F.relu_(x + shortcut), x, shortcut)
+    assert plain == ACTIVATION
+    saved = benchmark.saved_bytes(layer.residual, x, shortcut, layer)
+    assert ACTIVATION <= saved - plain <= 1.05 * ACTIVATION
+    # a square keeps what it squares, and the counted storage is counted once
+    assert benchmark.saved_bytes(lambda x, _: x.square() + x.square(), x, shortcut) == ACTIVATION
+
+
+def test_peak_bytes_of_the_tail_are_its_output_and_little_more():
+    layer, x, shortcut = SpatialGroupEnhance(), torch.randn(SHAPE), torch.randn(SHAPE)
+    assert benchmark.peak_bytes(lambda: (x + 1) * 2) == pytest.approx(2 * ACTIVATION, rel=1e-3)
+    with torch.no_grad():
+        assert ACTIVATION <= benchmark.peak_bytes(lambda: layer.residual(x, shortcut)) <= 1.1 * ACTIVATION
+        assert benchmark.peak_bytes(lambda: layer.residual(x.clone(), shortcut, inplace=True)) <= 1.1 * ACTIVATION
+
+
+def test_times_are_taken_in_turn():
+    order = []
+
+    def contestant(name, seconds):
+        def run():
+            order.append(name)
+            return seconds
+
+        return run
+
+    times = benchmark.interleaved_times({"a": contestant("a", 1.0), "b": contestant("b", 3.0)}, rounds=2)
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert times == {"a": [1.0, 1.0], "b": [3.0, 3.0]}
+    assert benchmark.summary([0.001, 0.002, 0.003]) == {"median_ms": 2.0, "quartiles_ms": [1.5, 2.5]}
+
+
+def test_layer_tool(run_tool, tmp_path):
+    done = run_tool("benchmark.py", "layer", "--shapes", "1,64,5,5", "2,64,3,4", "--rounds", 2, "--json", "layer.json")
+    assert done.returncode == 0, done.stderr
+    assert "ratios to the textbook" in done.stdout and "| 2x64x3x4" in done.stdout
+    result = json.loads((tmp_path / "layer.json").read_text())
+    assert [entry["shape"] for entry in result["shapes"]] == [[1, 64, 5, 5], [2, 64, 3, 4]]
+    assert set(result["shapes"][0]["contestants"]) == {
+        *("copy", "no attention", "textbook", "layer", "block tail", "timm se", "timm eca", "timm cbam")
+    }
+
+
+@pytest.mark.parametrize("shape", ["1,100,5,5", "1,64,5", "1,64,0,5"])
+def test_layer_tool_says_what_is_wrong_with_a_shape(run_tool, shape):
+    done = run_tool("benchmark.py", "layer", "--shapes", shape)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: a shape is N,C,H,W") and shape in done.stderr
+
+
+def test_model_tool(run_tool, tmp_path):
+    arguments = ["--config-file", "sample/faster_rcnn_SGE_R_50_FPN.yaml", "--size", 64, 96, "--rounds", 2]
+    done = run_tool("benchmark.py", "model", *arguments, "--json", "model.json", "MODEL.DEVICE", "cpu")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "model.json").read_text())
+    for mode in ("inference", "training step"):
+        assert mode in done.stdout
+        entry = result[mode]
+        assert entry["time_ratio"] == entry["sge"]["median_ms"] / entry["plain"]["median_ms"]
+        assert entry["memory_ratio"] == entry["sge"]["peak_bytes"] / entry["plain"]["peak_bytes"] > 0.5
+
+
+def test_model_tool_wants_the_config_with_sge(run_tool):
+    config = "sample/faster_rcnn_SGE_R_50_FPN.yaml"
+    done = run_tool("benchmark.py", "model", "--config-file", config, "MODEL.SGE.ENABLED", "False")
+    assert done.returncode == 2 and "the plain twin is made from it" in done.stderr

@@ -1,0 +1,180 @@
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, Instances
+from hotcoco import COCO
+from pycocotools import mask as mask_utils
+from pycocotools.coco import COCO as SlowCOCO
+from pycocotools.cocoeval import COCOeval
+
+from sge_det.data.datasets import register_dataset
+from sge_det.evaluation.coco import METRICS, HotcocoEvaluator, build_evaluator, coco_metrics, evaluate_detections
+
+SIZE = 160
+
+
+def box_mask(box):
+    x, y, width, height = (round(value) for value in box)
+    mask = np.zeros((SIZE, SIZE), np.uint8, order="F")
+    mask[y : y + height, x : x + width] = 1
+    mask[y : y + height // 3, x : x + width // 3] = 0
+    rle = mask_utils.encode(mask)
+    return rle | {"counts": rle["counts"].decode()}
+
+
+def generated(seed, large=True):
+    """Crowds, tied scores, empty images, a category without objects, images with more than 100 detections."""
+    rng = np.random.default_rng(seed)
+    images = [{"id": 10 + 3 * i, "file_name": f"{i}.jpg", "height": SIZE, "width": SIZE} for i in range(24)]
+    categories = [{"id": i, "name": f"kind{i}"} for i in (1, 4, 5, 9)]
+    annotations, detections = [], []
+
+    def add(image, category, box, score):
+        detections.append(
+            {
+                "image_id": image["id"],
+                "category_id": int(category),
+                "bbox": box,
+                "score": round(float(score), 1),  # ties
+                "segmentation": box_mask(box),
+            }
+        )
+
+    for place, image in enumerate(images):
+        for _ in range(0 if place % 6 == 5 else rng.integers(1, 9)):
+            width, height = rng.integers(6, 130 if large else 60, 2).tolist()
+            box = [int(rng.integers(0, SIZE - width)), int(rng.integers(0, SIZE - height)), width, height]
+            mask = box_mask(box)
+            category, crowd = int(rng.choice([1, 4, 5])), int(rng.random() < 0.15)
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image["id"],
+                    "category_id": category,
+                    "bbox": box,
+                    "area": float(mask_utils.area(mask)),
+                    "iscrowd": crowd,
+                    "segmentation": mask,
+                }
+            )
+            for _ in range(rng.integers(0, 4)):
+                x, y = (max(value + int(rng.integers(-4, 5)), 0) for value in box[:2])
+                add(image, category, [x, y, width, height], rng.random())
+        for _ in range(120 if place == 7 else 3):
+            width, height = rng.integers(5, 80, 2).tolist()
+            box = [*rng.integers(0, SIZE - 80, 2).tolist(), width, height]
+            add(image, rng.choice([1, 4, 5, 9]), box, rng.random())
+    return {"images": images, "annotations": annotations, "categories": categories}, detections
+
+
+def slow_metrics(truth, detections, task):
+    """pycocotools, read off as its own summary does."""
+    coco = SlowCOCO()
+    coco.dataset = json.loads(json.dumps(truth))
+    coco.createIndex()
+    drop = "bbox" if task == "segm" else "segmentation"
+    found = [{key: value for key, value in entry.items() if key != drop} for entry in detections]
+    evaluation = COCOeval(coco, coco.loadRes(json.loads(json.dumps(found))), task)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    metrics = {name: evaluation.stats[place] for name, place in METRICS.items()}
+    for place, category in enumerate(truth["categories"]):
+        precision = evaluation.eval["precision"][:, :, place, 0, 2]
+        metrics[f"AP-{category['name']}"] = precision.mean() if (precision > -1).all() else -1
+    return {name: value * 100 if value >= 0 else float("nan") for name, value in metrics.items()}
+
+
+@pytest.mark.parametrize("task", ["bbox", "segm"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_metrics_equal_pycocotools(task, seed):
+    truth, detections = generated(seed, large=seed < 2)
+    metrics = coco_metrics(evaluate_detections(COCO(truth), detections, task))
+    wanted = slow_metrics(truth, detections, task)
+    assert list(metrics) == list(wanted)
+    assert np.isnan(metrics["AP-kind9"])
+    assert np.isnan(metrics["APl"]) == (seed == 2)
+    assert 1 < metrics["AP"] < 99
+    for name in wanted:
+        assert metrics[name] == pytest.approx(wanted[name], abs=1e-6, nan_ok=True), name
+
+
+def test_no_detections_score_zero():
+    truth, _ = generated(0)
+    metrics = coco_metrics(evaluate_detections(COCO(truth), [], "segm"))
+    assert metrics["AP"] == metrics["AP-kind1"] == 0
+    assert np.isnan(metrics["AP-kind9"])
+
+
+@pytest.fixture
+def registered(tmp_path):
+    truth, detections = generated(3)
+    file = tmp_path / "instances.json"
+    file.write_text(json.dumps(truth))
+    for image in truth["images"]:
+        (tmp_path / image["file_name"]).touch()
+    register_dataset("generated_val", str(file), str(tmp_path))
+    ids = {category["id"]: place for place, category in enumerate(truth["categories"])}
+    MetadataCatalog.get("generated_val").set(thing_dataset_id_to_contiguous_id=ids)
+    inputs, outputs = [], []
+    for image in truth["images"]:
+        own = [entry for entry in detections if entry["image_id"] == image["id"]]
+        instances = Instances((SIZE, SIZE))
+        boxes = torch.tensor([entry["bbox"] for entry in own], dtype=torch.float32).reshape(-1, 4)
+        instances.pred_boxes = Boxes(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1))
+        instances.scores = torch.tensor([entry["score"] for entry in own])
+        instances.pred_classes = torch.tensor([ids[entry["category_id"]] for entry in own], dtype=torch.int64)
+        masks = [mask_utils.decode(entry["segmentation"]) for entry in own]
+        instances.pred_masks = torch.from_numpy(np.array(masks).reshape(-1, SIZE, SIZE)).bool()
+        inputs.append({"image_id": image["id"]})
+        outputs.append({"instances": instances})
+    return inputs, outputs
+
+
+def evaluated(evaluator, inputs, outputs):
+    evaluator.reset()
+    evaluator.process(inputs, outputs)
+    return evaluator.evaluate()
+
+
+def test_evaluator_gives_detectron2s_results_and_file(registered, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    tasks = ("bbox", "segm")
+    ours = evaluated(HotcocoEvaluator("generated_val", tasks, False, str(tmp_path / "a")), *registered)
+    theirs = evaluated(
+        COCOEvaluator("generated_val", tasks, False, str(tmp_path / "b"), use_fast_impl=False), *registered
+    )
+    assert list(ours) == list(theirs) == ["bbox", "segm"]
+    for task in tasks:
+        assert ours[task] == pytest.approx(theirs[task], abs=1e-6, nan_ok=True)
+    files = [json.loads((tmp_path / folder / "coco_instances_results.json").read_text()) for folder in "ab"]
+    assert files[0] == files[1]
+    assert {entry["category_id"] for entry in files[0]} == {1, 4, 5, 9}
+    assert "Per-category segm AP" in caplog.text
+    assert "took" in caplog.text
+
+
+def test_evaluator_on_some_images(registered, tmp_path):
+    ids = [10, 13, 16, 31]
+    results = []
+    for kind, folder in ((HotcocoEvaluator, "a"), (COCOEvaluator, "b")):
+        evaluator = kind("generated_val", ("bbox",), False, str(tmp_path / folder))
+        evaluator.reset()
+        evaluator.process(*registered)
+        results.append(evaluator.evaluate(ids)["bbox"])
+    assert results[0] == pytest.approx(results[1], abs=1e-6, nan_ok=True)
+
+
+def test_evaluator_of_a_config_has_its_tasks(registered, tmp_path):
+    from sge_det import get_config
+
+    cfg = get_config("sample/mask_rcnn_SGE_R_50_FPN.yaml", ["OUTPUT_DIR", str(tmp_path)])
+    results = evaluated(
+        build_evaluator(cfg, "generated_val"), registered[0], [{"instances": o["instances"][:0]} for o in registered[1]]
+    )
+    assert results["bbox"]["AP"] == results["segm"]["AP"] == 0

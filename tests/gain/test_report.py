@@ -1,0 +1,178 @@
+import base64
+import errno
+import io
+import json
+import os
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from pycocotools import mask as mask_utils
+
+from sge_det import UserError
+from sge_det.files import write_file, write_json
+from sge_det.gain import compare_results
+from sge_det.gain.report import pointing_tables
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.images, self.tables, self.links = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag == "table":
+            self.tables.append(0)
+        if tag == "tr":
+            self.tables[-1] += 1
+        if tag == "img":
+            self.images.append(attributes["src"])
+        self.links += [value for key, value in attributes.items() if key in ("href", "src", "srcset", "data", "action")]
+        assert tag not in ("script", "link", "iframe", "object", "embed")
+
+
+@pytest.fixture(scope="module")
+def compared(sample, tmp_path_factory):
+    """Three arms, two seeds, boxes and masks: the ground truth with some objects left out or misnamed."""
+    folder = tmp_path_factory.mktemp("compared")
+    truth_file = sample / "annotations/instances_val.json"
+    truth = json.loads(truth_file.read_text())
+    sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
+    arms = {}
+    for number, name in enumerate(("plain", "sge", "b<ig>")):
+        for seed in range(2):
+            found = []
+            for place, entry in enumerate(truth["annotations"]):
+                if (place + seed) % (number + 2) == 0:
+                    continue
+                mask = entry["segmentation"]
+                if isinstance(mask, list):
+                    mask = mask_utils.merge(mask_utils.frPyObjects(mask, *sizes[entry["image_id"]]))
+                elif isinstance(mask["counts"], list):
+                    mask = mask_utils.frPyObjects(mask, *sizes[entry["image_id"]])
+                counts = mask["counts"].decode() if isinstance(mask["counts"], bytes) else mask["counts"]
+                found.append(
+                    {
+                        "image_id": entry["image_id"],
+                        "category_id": entry["category_id"],
+                        "bbox": entry["bbox"],
+                        "score": 0.9 - 0.01 * place,
+                        "segmentation": {"size": mask["size"], "counts": counts},
+                    }
+                )
+            path = folder / f"{number}{seed}.json"
+            path.write_text(json.dumps(found))
+            arms.setdefault(name, []).append(path)
+    output = folder / "out"
+    compare_results(truth_file, arms, output, bootstrap=20, image_root=sample / "val")
+    return output, truth
+
+
+def test_report_json_has_the_schema(compared):
+    output, truth = compared
+    report = json.loads((output / "report.json").read_text(), parse_constant=pytest.fail)
+    assert report["schema"] == 1
+    assert list(report["arms"]) == ["plain", "sge", "b<ig>"]
+    metrics = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR100"]
+    metrics += [f"AP-{category['name']}" for category in truth["categories"]]
+    for arm in report["arms"].values():
+        assert arm["seeds"] == [0, 1]
+        for task in ("bbox", "segm"):
+            assert list(arm[task]) == metrics
+            assert all(set(score) == {"mean", "sd", "values"} for score in arm[task].values())
+    assert list(report["differences"]) == ["sge", "b<ig>"]
+    for difference in report["differences"].values():
+        for task in ("bbox", "segm"):
+            assert list(difference[task]) == metrics
+            assert set(difference[task]["AP"]) == {"mean", "low", "high", "values", "image_bootstrap"}
+            assert [set(interval) for interval in difference[task]["AP"]["image_bootstrap"]] == [{"low", "high"}] * 2
+    assert "sge - plain" in report["verdict"]
+    assert report["pointing"] == {}
+
+
+def test_page_is_self_contained_and_whole(compared):
+    output, truth = compared
+    text = (output / "report.html").read_text()
+    page = Page(text)
+    assert page.links == page.images
+    assert not re.search(r"url\(|@import|https?://", text)
+    # forest, dots, categories, precision-recall, and up to six gallery images for each of two arms
+    with_objects = {entry["image_id"] for entry in truth["annotations"] if not entry["iscrowd"]}
+    assert len(page.images) == 4 + 2 * min(len(with_objects), 6)
+    for source in page.images:
+        head, data = source.split(",", 1)
+        assert head == "data:image/png;base64"
+        image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
+        image.load()
+        assert image.width > 300
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 5
+    # a header and the metrics for boxes and masks, then a header and the categories for both
+    assert page.tables[:4] == [1 + 7] * 2 + [1 + len(truth["categories"])] * 2
+    assert all(count > 1 for count in page.tables)
+    assert "<ig>" not in text
+
+
+def test_markdown_has_every_metric(compared):
+    output, truth = compared
+    lines = (output / "report.md").read_text().splitlines()
+    for metric in (
+        "AP",
+        "AP50",
+        "AP75",
+        "APs",
+        "APm",
+        "APl",
+        "AR100",
+        *(f"AP-{c['name']}" for c in truth["categories"]),
+    ):
+        assert sum(line.startswith(f"| {metric} ") for line in lines) == 2
+    absent = [line for line in lines if "absent" in line and line.startswith("|")]
+    assert absent == [line for line in lines if line.startswith("| APl")]
+
+
+def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
+    path = tmp_path / "report.json"
+    write_json(path, {"a": float("nan"), "b": [1.5, float("nan")]})
+    assert json.loads(path.read_text()) == {"a": None, "b": [1.5, None]}
+
+    def full(self, data):
+        with open(self, "wb") as file:
+            file.write(data[:3])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"the disk that holds .*report.json is full"):
+        write_file(path, "something else")
+    assert json.loads(path.read_text()) == {"a": None, "b": [1.5, None]}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_pointing_figures_are_means_over_the_seeds():
+    def run(shift):
+        means = {"chance": 0.25, "before": 0.3 + shift, "after": 0.5, "gate": 0.5, "after_minus_before": 0.2 - shift}
+        means |= {"gate_minus_chance": 0.25, "gate_ratio": 1.5 + shift}
+        figures = {name: {"mean": mean, "low": mean - 0.1, "high": mean + 0.1} for name, mean in means.items()}
+        nothing = {"images": 0} | {name: {"mean": None, "low": None, "high": None} for name in means}
+        return {
+            "images": 9,
+            "without_objects": 1,
+            "bbox": {"res5": {"all": {"images": 9, **figures}, "large": nothing}},
+        }
+
+    (one,) = pointing_tables({"0": run(0.0)})
+    assert one.header[0] == "in an object's box"
+    assert one.rows[0] == [
+        *("res5, all", "9", "25.0", "30.0", "50.0", "50.0"),
+        *("+20.0 (+10.0 to +30.0)", "+25.0 (+15.0 to +35.0)", "1.500 (1.400 to 1.600)"),
+    ]
+    assert one.rows[1] == ["res5, large", "0", *["absent"] * 7]
+    (two,) = pointing_tables({"0": run(0.0), "1": run(0.2)})
+    # the standard deviation of two numbers is their distance over the root of 2
+    assert two.rows[0] == [
+        *("res5, all", "9", "25.0", "40.0 ± 14.1", "50.0 ± 0.0", "50.0 ± 0.0"),
+        *("+10.0 ± 14.1", "+25.0 ± 0.0", "1.600 ± 0.141"),
+    ]

@@ -1,0 +1,461 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import sge_det.layers.sge
+from sge_det.config import add_sge_config
+from sge_det.layers.sge import SpatialGroupEnhance
+from sge_det.modeling.resnet import build_sge_resnet_backbone
+
+LAYOUTS = ["contiguous", "channels_last", "cropped", "transposed", "expanded"]
+
+
+def reference(x, weight, bias, groups, eps=1e-5, shortcut=None):
+    """Equations 1-5 in NumPy, one sample and one group at a time."""
+    y = np.empty_like(x)
+    for sample, group in itertools.product(range(x.shape[0]), range(groups)):
+        members = slice(group * x.shape[1] // groups, (group + 1) * x.shape[1] // groups)
+        vectors = x[sample, members]
+        s = np.tensordot(vectors.mean((1, 2)), vectors, 1)
+        std = s.std(ddof=1) if s.size > 1 else 0.0
+        a = weight[group] * (s - s.mean()) / (std + eps) + bias[group]
+        y[sample, members] = vectors / (1 + np.exp(-a))
+    return y if shortcut is None else np.maximum(y + shortcut, 0)
+
+
+def textbook(x, weight, bias, groups, eps=1e-5, shortcut=None):
+    """The same in PyTorch, for gradients by autograd where finite differences would take too long."""
+    v = x.unflatten(1, (groups, -1))
+    s = (v * v.mean((3, 4), keepdim=True)).sum(2)
+    t = (s - s.mean((2, 3), keepdim=True)) / (s.std((2, 3), keepdim=True) + eps)
+    y = (v * torch.sigmoid(weight * t + bias).unsqueeze(2)).flatten(1, 2)
+    return y if shortcut is None else F.relu(y + shortcut)
+
+
+def make_layer(groups=2, eps=1e-5, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    layer = SpatialGroupEnhance(groups, eps).to(dtype)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(1, groups, 1, 1, generator=generator))
+        layer.bias.copy_(torch.randn(1, groups, 1, 1, generator=generator))
+    return layer
+
+
+def random(*shape, seed=0, dtype=torch.float64, mean=0.5):
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + mean).to(dtype)
+
+
+def laid_out(x, layout):
+    """The values of ``x`` in the memory layout ``layout``; "expanded" repeats the first sample."""
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == "cropped":
+        return F.pad(x, (1, 2, 1, 0))[:, :, 1:, 1:-2]
+    if layout == "transposed":
+        return x.mT.contiguous().mT
+    if layout == "expanded":
+        return x[:1].expand_as(x)
+    return x
+
+
+@pytest.fixture(params=["eager", "one row a block", "plain"])
+def path(request, monkeypatch):
+    """The eager path with blocks as they come and as small as they can be, and the path that compilers see."""
+    if request.param == "one row a block":
+        monkeypatch.setattr(sge_det.layers.sge, "_BLOCK_BYTES", 1)
+    if request.param == "plain":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    return request.param
+
+
+def numpy_parameters(layer):
+    return layer.weight.detach().double().flatten().numpy(), layer.bias.detach().double().flatten().numpy()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tail", [False, True])
+@pytest.mark.parametrize("shape, groups", [((2, 6, 4, 5), 2), ((3, 4, 1, 7), 4), ((2, 8, 1, 1), 2), ((1, 5, 6, 3), 1)])
+def test_forward_is_the_formula(path, shape, groups, tail, layout):
+    layer = make_layer(groups)
+    x, shortcut = laid_out(random(*shape), layout), random(*shape, seed=1) if tail else None
+    expected = reference(x.numpy(), *numpy_parameters(layer), groups, shortcut=None if not tail else shortcut.numpy())
+    with torch.no_grad():
+        y = layer.residual(x, shortcut) if tail else layer(x)
+    np.testing.assert_allclose(y.numpy(), expected, rtol=1e-12, atol=1e-12)
+    recorded = layer.residual(x, shortcut) if tail else layer(x)
+    assert torch.equal(recorded, y)
+
+
+def test_gradient_is_the_formula_s(path):
+    layer, shape, groups = make_layer(2), (2, 6, 3, 4), 2
+    x, shortcut, upstream = (random(*shape, seed=seed) for seed in range(3))
+    arrays = [x.numpy(), *numpy_parameters(layer), shortcut.numpy()]
+
+    def loss():
+        return (reference(*arrays[:3], groups, shortcut=arrays[3]) * upstream.numpy()).sum()
+
+    differences = []
+    for array in arrays:
+        slope = np.empty(array.shape)
+        for index in np.ndindex(array.shape):
+            value = array[index]
+            array[index] = value + 1e-6
+            above = loss()
+            array[index] = value - 1e-6
+            slope[index] = (above - loss()) / 2e-6
+            array[index] = value
+        differences.append(slope)
+
+    x, shortcut = x.requires_grad_(), shortcut.requires_grad_()
+    layer.residual(x, shortcut).backward(upstream)
+    for tensor, slope in zip((x, layer.weight, layer.bias, shortcut), differences, strict=True):
+        np.testing.assert_allclose(tensor.grad.numpy().reshape(slope.shape), slope, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tail", [False, True])
+@pytest.mark.parametrize("size", [(3, 4), (1, 1)])
+def test_gradcheck(path, layout, tail, size):
+    layer = make_layer(2)
+    x = random(2, 4, *size).requires_grad_()
+    shortcut = random(2, 4, *size, seed=1).requires_grad_()
+
+    def function(x, shortcut, *_):
+        x = laid_out(x, layout)
+        return layer.residual(x, shortcut) if tail else layer(x)
+
+    assert torch.autograd.gradcheck(function, (x, shortcut, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("constant", ["map", "zero"])
+def test_gradcheck_where_all_similarities_are_equal(path, constant):
+    # a large eps, since within a finite difference's step the std must stay small against it
+    layer = make_layer(2, eps=0.5)
+    x = random(2, 4, 3, 4)
+    x[0, :2] = 0 if constant == "zero" else x[0, :2, :1, :1]
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, layer.weight, layer.bias))
+
+
+def test_gradcheck_of_a_layer_used_twice(path):
+    layer = make_layer(2)
+    x = random(2, 4, 3, 2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, *_: layer.residual(layer(x), x), (x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("tail", [False, True])
+@pytest.mark.parametrize("shape", [(2, 256, 20, 31), (2, 2048, 5, 7)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_float32_at_a_network_s_shapes(path, shape, tail, memory_format):
+    layer = make_layer(64, dtype=torch.float32)
+    tensors = [random(*shape, seed=seed, dtype=torch.float32) for seed in range(3)]
+    x, shortcut, upstream = (tensor.contiguous(memory_format=memory_format) for tensor in tensors)
+    x.requires_grad_(), shortcut.requires_grad_()
+    y = layer.residual(x, shortcut) if tail else layer(x)
+    y.backward(upstream)
+    doubles = [t.detach().double().requires_grad_() for t in (x, layer.weight, layer.bias, shortcut)]
+    expected = textbook(*doubles[:3], 64, shortcut=doubles[3] if tail else None)
+    expected.backward(upstream.double())
+    assert y.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    for tensor, double in zip((x, layer.weight, layer.bias, shortcut), doubles, strict=True):
+        if double.grad is not None:
+            scale = double.grad.abs().max().item()
+            torch.testing.assert_close(tensor.grad.double(), double.grad, rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("trained", list(itertools.product([False, True], repeat=4)))
+def test_gradients_for_what_is_trained_and_only_that(path, trained):
+    def gradients(trained):
+        layer = make_layer(2)
+        tensors = [random(2, 6, 3, 4), random(2, 6, 3, 4, seed=1), layer.weight, layer.bias]
+        for tensor, required in zip(tensors, trained, strict=True):
+            tensor.requires_grad_(required)
+        y = layer.residual(tensors[0], tensors[1])
+        assert y.requires_grad == any(trained)
+        if y.requires_grad:
+            y.backward(random(2, 6, 3, 4, seed=2))
+        return [tensor.grad for tensor in tensors]
+
+    for gradient, expected, required in zip(gradients(trained), gradients((True,) * 4), trained, strict=True):
+        assert (gradient is not None) == required
+        if required:
+            torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_gradient_of_another_layout(path, memory_format):
+    layer, upstream = make_layer(2), random(2, 4, 3, 5, seed=2)
+    gradients = []
+    for gradient in (upstream, upstream.mT.contiguous().mT, upstream.contiguous(memory_format=torch.channels_last)):
+        x, shortcut = (random(2, 4, 3, 5, seed=seed).contiguous(memory_format=memory_format) for seed in range(2))
+        x.requires_grad_()
+        layer.residual(x, shortcut).backward(gradient)
+        gradients.append(x.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients[0], gradients[2], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("tail", [False, True])
+def test_half_precision_keeps_its_statistics_in_float32(path, dtype, tolerance, autocast, tail):
+    layer = make_layer(4, dtype=torch.float32)
+    # x * g reaches 1e6: more than float16 holds
+    x = (random(2, 16, 9, 8) * 1000).to(dtype).requires_grad_()
+    shortcut = random(2, 16, 9, 8, seed=1).to(dtype)
+    upstream = random(2, 16, 9, 8, seed=2).to(dtype)
+    with torch.autocast("cpu", dtype=dtype, enabled=autocast):
+        y = layer.residual(x, shortcut) if tail else layer(x)
+    y.backward(upstream)
+    doubles = [t.detach().double().requires_grad_() for t in (x, layer.weight, layer.bias)]
+    expected = textbook(*doubles, 4, shortcut=shortcut.double() if tail else None)
+    expected.backward(upstream.double())
+    assert y.dtype == dtype and x.grad.dtype == dtype and layer.weight.grad.dtype == torch.float32
+    for value, double in ((y, expected), *((t.grad, d.grad) for t, d in zip((x, layer.weight, layer.bias), doubles))):
+        scale = double.abs().max().item()
+        torch.testing.assert_close(value.double(), double, rtol=tolerance, atol=tolerance * scale)
+
+
+def test_autocast_leaves_float32_alone(path):
+    layer, x, shortcut = make_layer(4, dtype=torch.float32), random(2, 16, 9, 8).float(), random(2, 16, 9, 8).float()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer.residual(x, shortcut)
+    expected = reference(x.double().numpy(), *numpy_parameters(layer), 4, shortcut=shortcut.double().numpy())
+    assert y.dtype == torch.float32
+    np.testing.assert_allclose(y.numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_input_and_shortcut_of_different_dtypes(path):
+    layer = make_layer(2, dtype=torch.float32)
+    x = random(2, 4, 3, 5).bfloat16().requires_grad_()
+    shortcut = random(2, 4, 3, 5, seed=1).float().requires_grad_()
+    y = layer.residual(x, shortcut)
+    assert y.dtype == torch.float32
+    y.sum().backward()
+    assert x.grad.dtype == torch.bfloat16 and shortcut.grad.dtype == torch.float32
+    assert torch.equal(shortcut.grad, (y > 0).float())
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_empty_batch(path, channels_last):
+    layer = make_layer(2, dtype=torch.float32)
+    x = torch.empty(0, 4, 7, 7)
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    with torch.no_grad():
+        assert layer(x).shape == x.shape
+    x.requires_grad_()
+    y = layer.residual(x, torch.empty(0, 4, 7, 7))
+    y.sum().backward()
+    assert y.shape == x.grad.shape == x.shape
+    assert layer.weight.grad.tolist() == layer.bias.grad.tolist() == [[[[0.0]], [[0.0]]]]
+
+
+def test_one_position_is_gated_by_the_bias(path):
+    layer = make_layer(2, dtype=torch.float32)
+    # so large that g . x and g . g, which are equal, differ by far more than eps after rounding
+    x = (random(3, 70, 1, 1) * 1000).float().requires_grad_()
+    y = layer(x)
+    gate = torch.sigmoid(layer.bias).repeat_interleave(35, 1)
+    torch.testing.assert_close(y, x * gate)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, gate.expand_as(x))
+    assert layer.weight.grad.abs().sum() == 0
+
+
+def test_in_place_changes_before_backward_raise():
+    layer, shape = make_layer(2), (2, 4, 3, 5)
+    for change in ("input", "output"):
+        x = random(*shape).requires_grad_().clone()
+        y = layer.residual(x, random(*shape, seed=1))
+        (x if change == "input" else y).mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+    # without the ReLU the output is not needed
+    x = random(*shape).requires_grad_()
+    layer(x).mul_(2).sum().backward()
+    expected = torch.autograd.grad(2 * layer(x).sum(), x)[0]
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_second_backward_and_second_derivative_raise():
+    layer, x = make_layer(2), random(2, 4, 3, 5).requires_grad_()
+    loss = layer(x).square().sum()
+    gradient = torch.autograd.grad(loss, x, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+    loss = layer(x).square().sum()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_in_place_takes_the_input_s_memory_only_without_gradient(memory_format):
+    layer = make_layer(2)
+    original = random(2, 4, 3, 5).contiguous(memory_format=memory_format)
+    shortcut = random(2, 4, 3, 5, seed=1)
+    expected = layer.residual(original, shortcut).detach()
+    x = original.clone()
+    recorded = layer.residual(x, shortcut, inplace=True)
+    assert recorded.requires_grad and torch.equal(x, original)
+    with torch.no_grad():
+        assert torch.equal(layer.residual(x, shortcut), expected) and torch.equal(x, original)
+        y = layer.residual(x, shortcut, inplace=True)
+    assert y.data_ptr() == x.data_ptr() and torch.equal(y, expected)
+
+
+def test_in_place_change_of_a_recorded_input_raises():
+    layer, leaf = make_layer(2), random(2, 4, 3, 5).requires_grad_()
+    x = leaf.exp()
+    with torch.no_grad():
+        layer.residual(x, random(2, 4, 3, 5), inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        x.sum().backward()
+
+
+def test_residual_is_seen_by_hooks():
+    layer, seen = make_layer(2), []
+    layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    x = random(2, 4, 3, 5)
+    y = layer.residual(x, x)
+    assert len(seen) == 1 and seen[0] is y
+
+
+def test_gates():
+    layer, x = make_layer(2), random(2, 6, 3, 5)
+    gates = layer.gates(x)
+    assert gates.shape == (2, 2, 3, 5)
+    torch.testing.assert_close(x * gates.repeat_interleave(3, 1), layer(x))
+    assert layer.gates(x.half()).dtype == torch.float32
+
+
+def test_starts_as_the_release_does():
+    layer = SpatialGroupEnhance()
+    assert {name: tuple(value.shape) for name, value in layer.state_dict().items()} == {
+        "weight": (1, 64, 1, 1),
+        "bias": (1, 64, 1, 1),
+    }
+    x = random(1, 64, 5, 5).float()
+    torch.testing.assert_close(layer(x), 0.7310586 * x)
+    assert repr(layer) == "SpatialGroupEnhance(groups=64, eps=1e-05)"
+
+
+def test_errors_name_the_numbers():
+    layer = SpatialGroupEnhance(4)
+    with pytest.raises(ValueError, match="10 channels cannot be divided into 4 groups"):
+        layer(torch.zeros(1, 10, 2, 2))
+    with pytest.raises(ValueError, match="10 channels cannot be divided into 4 groups"):
+        layer.gates(torch.zeros(1, 10, 2, 2))
+    with pytest.raises(ValueError, match=r"\(N, C, H, W\), got 3 dimensions"):
+        layer(torch.zeros(8, 2, 2))
+    with pytest.raises(ValueError, match=r"\[1, 8, 2, 3\].*\[1, 8, 2, 2\]"):
+        layer.residual(torch.zeros(1, 8, 2, 2), torch.zeros(1, 8, 2, 3))
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        SpatialGroupEnhance(0)
+
+
+class Tail(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.sge = layer
+
+    def forward(self, x, shortcut):
+        return self.sge.residual(self.sge(x), shortcut)
+
+
+SIZES = [(2, 8, 5, 6), (1, 8, 1, 1), (3, 8, 9, 4), (0, 8, 7, 7)]
+
+
+def assert_same_at_other_sizes(converted, tail, sizes=SIZES):
+    for shape in sizes:
+        x, shortcut = random(*shape, seed=3, dtype=torch.float32), random(*shape, seed=4, dtype=torch.float32)
+        with torch.no_grad():
+            torch.testing.assert_close(converted(x, shortcut), tail(x, shortcut))
+
+
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_trace_is_valid_at_other_sizes():
+    tail = Tail(make_layer(4, dtype=torch.float32))
+    traced = torch.jit.trace(tail, (random(2, 8, 5, 6).float(), random(2, 8, 5, 6).float()))
+    assert_same_at_other_sizes(traced, tail)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_script():
+    layer = make_layer(4, dtype=torch.float32)
+    scripted = torch.jit.script(layer)
+    assert_same_at_other_sizes(scripted, layer)
+    assert_same_at_other_sizes(lambda x, _: scripted(x), lambda x, _: layer(x))
+
+
+def test_export_with_dynamic_sizes():
+    tail = Tail(make_layer(4, dtype=torch.float32))
+    batch, height, width = (torch.export.Dim(name, max=64) for name in ("batch", "height", "width"))
+    sizes = {0: batch, 2: height, 3: width}
+    inputs = (random(2, 8, 5, 6).float(), random(2, 8, 5, 6).float())
+    program = torch.export.export(tail, inputs, dynamic_shapes=(sizes, sizes))
+    assert_same_at_other_sizes(program.module(), tail, SIZES[:3])
+
+
+def test_symbolic_shapes():
+    tail = Tail(make_layer(4, dtype=torch.float32))
+    parameters = dict(tail.named_parameters())
+
+    def function(parameters, x, shortcut):
+        return torch.func.functional_call(tail, parameters, (x, shortcut))
+
+    inputs = (random(2, 8, 5, 6).float(), random(2, 8, 5, 6).float())
+    with torch.no_grad():
+        graph = make_fx(function, tracing_mode="symbolic")(parameters, *inputs)
+    assert_same_at_other_sizes(lambda *args: graph(parameters, *args), tail, [SIZES[0], SIZES[2]])
+
+
+def test_compile_makes_one_graph_for_all_sizes():
+    cfg = get_cfg()
+    add_sge_config(cfg)
+    cfg.MODEL.RESNETS.DEPTH = 18
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    cfg.MODEL.RESNETS.NORM = "BN"
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    torch.manual_seed(0)
+    backbone = build_sge_resnet_backbone(cfg, ShapeSpec(channels=3)).eval()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(backbone, fullgraph=True, dynamic=True, backend=count)
+    for shape in ((2, 3, 64, 96), (4, 3, 96, 64), (3, 3, 128, 160)):
+        x = random(*shape, dtype=torch.float32)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), backbone(x))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_code_computes_the_same(backend):
+    torch._dynamo.reset()
+    tail = Tail(make_layer(4, dtype=torch.float32))
+    compiled = torch.compile(tail, fullgraph=True, dynamic=True, backend=backend)
+    for shape in (SIZES[0], SIZES[2]):
+        results = []
+        for function in (compiled, tail):
+            tensors = [random(*shape, seed=seed, dtype=torch.float32) for seed in range(3)]
+            if backend == "inductor":  # its C++ is the same for the gradient's operators, and slow to compile
+                with torch.no_grad():
+                    results.append([function(*tensors[:2])])
+                continue
+            inputs = [*(tensor.requires_grad_() for tensor in tensors[:2]), tail.sge.weight, tail.sge.bias]
+            y = function(*inputs[:2])
+            results.append([y, *torch.autograd.grad(y, inputs, tensors[2])])
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
