@@ -46,5 +46,9 @@ setup(
         "tqdm",
     ],
     # timm requires torch and torchvision by name, hence not above
-    extras_require={"rivals": ["timm"], "dev": ["pytest", "ruff"]},
+    extras_require={
+        "rivals": ["timm"],
+        "export": ["onnx", "onnxruntime", "onnxscript"],
+        "dev": ["pytest", "ruff"],
+    },
 )

@@ -7,6 +7,7 @@ from detectron2.solver.build import get_default_optimizer_params, maybe_add_grad
 from torch import nn
 
 from .config import optimizer_name, sge_options
+from .errors import UserError
 from .layers.sge import SpatialGroupEnhance
 
 
@@ -63,10 +64,18 @@ def scale_sge_lr(
 
     With ``weight_decay`` they decay by that instead of what they had. SGD and AdamW take learning rate times decay off
     a parameter in each step, so that a factor without a decay of its own draws gamma and beta to zero as much faster.
-    Call it before a learning-rate scheduler is built: the scheduler takes its start values from the optimizer.
+
+    Raises:
+        UserError: a learning-rate scheduler was built for ``optimizer`` before. It holds the rates that it found, one
+            for each group of parameters, and would undo the factor or fail.
     """
     if factor == 1.0 and weight_decay is None:
         return
+    if any("initial_lr" in group for group in optimizer.param_groups):  # which schedulers write
+        raise UserError(
+            "scale_sge_lr must come before the learning-rate scheduler is built, since the scheduler keeps the rates "
+            "that it finds: call it right after the optimizer was made"
+        )
     sge = {p for module in model.modules() if isinstance(module, SpatialGroupEnhance) for p in module.parameters()}
     for group in list(optimizer.param_groups):
         own = [parameter for parameter in group["params"] if parameter in sge]

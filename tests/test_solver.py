@@ -118,6 +118,27 @@ def test_any_optimizer_can_be_scaled():
     assert rate(optimizer, net[0].bias) == pytest.approx(1e-3)
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5),
+        lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, [1]),
+        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=5),
+        lambda optimizer: build_lr_scheduler(get_cfg(), optimizer),
+    ],
+    ids=["lambda", "steps", "cycle", "detectron2"],
+)
+def test_a_rate_is_not_scaled_behind_the_schedulers_back(scheduler):
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    kept = scheduler(optimizer)
+    for arguments in ((4.0,), (1.0, 0.5)):
+        with pytest.raises(sge_det.UserError, match="before the learning-rate scheduler is built"):
+            scale_sge_lr(optimizer, net, *arguments)
+    scale_sge_lr(optimizer, net, 1.0)  # changes nothing
+    assert len(optimizer.param_groups) == 1 and kept.optimizer is optimizer
+
+
 def test_full_model_clipping_bounds_the_norm_of_all_gradients_together():
     weights = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
     optimizer = torch.optim.SGD([{"params": [weights[0]]}, {"params": [weights[1]]}], lr=1.0)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from sge_det import benchmark
+from sge_det.analysis import benchmark
 from sge_det.config import load_config
 from sge_det.errors import UserError, user_errors
 from sge_det.files import write_json

@@ -201,11 +201,12 @@ class _Enhance(torch.autograd.Function):
 _SGE_OPERATOR = f"prim::PythonOp.{_Enhance.__name__}"
 
 
-def _traced_forward(
-    layer: SpatialGroupEnhance, x: Tensor, shortcut: Tensor | None = None, inplace: bool = False
-) -> Tensor:
-    y = _Enhance.apply(x, layer.weight)
-    return y if shortcut is None else torch.relu(y + shortcut)
+def _traced_forward(layer: SpatialGroupEnhance, x: Tensor) -> Tensor:
+    return _Enhance.apply(x, layer.weight)
+
+
+def _traced_residual(layer: SpatialGroupEnhance, x: Tensor, shortcut: Tensor, inplace: bool = False) -> Tensor:
+    return torch.relu(layer(x) + shortcut)
 
 
 @contextlib.contextmanager
@@ -218,11 +219,12 @@ def _sge_as_one_operator(model: nn.Module) -> Iterator[None]:
     layers = list(sge_layers(model).values())
     for layer in layers:
         layer.forward = types.MethodType(_traced_forward, layer)
+        layer.residual = types.MethodType(_traced_residual, layer)
     try:
         yield
     finally:
         for layer in layers:
-            del layer.forward
+            del layer.forward, layer.residual
 
 
 def _sge_count(inputs: list, outputs: list) -> int:

@@ -17,8 +17,15 @@ from ..layers.sge import SpatialGroupEnhance
 
 
 def sge_layers(model: nn.Module) -> dict[str, SpatialGroupEnhance]:
-    """The SGE layers of ``model`` by name, in the order in which they were built; empty for a model without SGE."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SpatialGroupEnhance)}
+    """The SGE layers of ``model`` by name, in the order in which they were built; empty for a model without SGE.
+
+    Names do not show that the model or a part of it was compiled by ``torch.compile``.
+    """
+    return {
+        name.replace("_orig_mod.", ""): module
+        for name, module in model.named_modules()
+        if isinstance(module, SpatialGroupEnhance)
+    }
 
 
 def stage_of(name: str) -> str:
@@ -69,24 +76,27 @@ def find_layer(model: nn.Module, stage: str, block: int = -1) -> str:
 def observe(model: nn.Module, see: Callable[[str, SpatialGroupEnhance, Tensor], None]) -> Iterator[None]:
     """Calls ``see(name, layer, x)`` before each call of an SGE layer of ``model``, without gradients.
 
-    ``x`` is the layer's input (N, C, H, W); it may be overwritten after ``see`` returns.
+    ``x`` is the layer's input (N, C, H, W); it may be overwritten after ``see`` returns. What of the model is compiled
+    by ``torch.compile`` runs uncompiled meanwhile, since compiled code calls nothing that was not there when it was
+    made.
     """
 
-    def hook(name: str):
-        def before(layer: SpatialGroupEnhance, args: tuple, kwargs: dict) -> None:
+    def observer(name: str, layer: SpatialGroupEnhance) -> Callable[[Tensor], None]:
+        def observe_input(x: Tensor) -> None:
             with torch.no_grad():
-                see(name, layer, args[0] if args else kwargs["x"])
+                see(name, layer, x)
 
-        return before
+        return observe_input
 
-    handles = [
-        layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in sge_layers(model).items()
-    ]
+    added = [(layer, observer(name, layer)) for name, layer in sge_layers(model).items()]
+    for layer, function in added:
+        layer.observers = (*layer.observers, function)
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for layer, function in added:
+            layer.observers = tuple(other for other in layer.observers if other is not function)
 
 
 @contextlib.contextmanager
@@ -102,7 +112,7 @@ def record_gates(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         the layer's device and without gradient. A layer that is called again replaces its gates.
 
     Raises:
-        UserError: the model has no SGE.
+        UserError: the model has no SGE, or was exported.
     """
     required_layers(model)
     gates: dict[str, Tensor] = {}
@@ -118,9 +128,14 @@ def required_layers(model: nn.Module) -> dict[str, SpatialGroupEnhance]:
     """:func:`sge_layers` of a model that must have some.
 
     Raises:
-        UserError: it has none.
+        UserError: it has none, or it was exported: traced, scripted or made a graph.
     """
     layers = sge_layers(model)
+    if isinstance(model, torch.jit.ScriptModule | torch.fx.GraphModule):
+        raise UserError(
+            "an exported model (traced, scripted or a graph) computes no gates that could be seen: give the model that "
+            "was exported"
+        )
     if not layers:
         raise UserError(
             "the model has no SGE, so there are no gates: give a config whose MODEL.SGE.ENABLED is True and whose "

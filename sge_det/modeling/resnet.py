@@ -57,10 +57,22 @@ class _AttentiveBlock:
         shortcut = x if self.shortcut is None else self.shortcut(x)
         if self.attention_name is None:
             return F.relu_(out.add_(shortcut))
-        attention = getattr(self, self.attention_name)
-        if isinstance(attention, SpatialGroupEnhance):
-            return attention.residual(out, shortcut, inplace=True)
-        return F.relu_(attention(out) + shortcut)
+        # TorchScript finds an attribute only by a literal name, and compiles no branch for one that is not there.
+        if hasattr(self, "sge"):
+            if hasattr(self.sge, "residual"):
+                return self.sge.residual(out, shortcut, inplace=True)
+            return F.relu_(self.sge(out) + shortcut)
+        elif hasattr(self, "se"):
+            return F.relu_(self.se(out) + shortcut)
+        elif hasattr(self, "eca"):
+            return F.relu_(self.eca(out) + shortcut)
+        elif hasattr(self, "cbam"):
+            return F.relu_(self.cbam(out) + shortcut)
+        else:
+            attention = getattr(self, self.attention_name)
+            if isinstance(attention, SpatialGroupEnhance):
+                return attention.residual(out, shortcut, inplace=True)
+            return F.relu_(attention(out) + shortcut)
 
 
 class SGEBasicBlock(_AttentiveBlock, BasicBlock):

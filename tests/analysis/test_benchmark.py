@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sge_det import benchmark
+from sge_det.analysis import benchmark
 from sge_det.layers.sge import SpatialGroupEnhance
 
 SHAPE = (2, 256, 50, 76)

@@ -80,13 +80,13 @@ def test_recording_changes_nothing_and_ends(model):
     assert torch.equal(before.pred_boxes.tensor, during.pred_boxes.tensor)
     assert not torch.equal(before.pred_boxes.tensor, after.pred_boxes.tensor)
     assert all(gates[name] is recorded[name] for name in recorded)
-    assert not any(layer._forward_pre_hooks for layer in sge_layers(model).values())
+    assert not any(layer.observers for layer in sge_layers(model).values())
 
 
 def test_recording_leaves_no_hook_after_an_error(model):
     with pytest.raises(ZeroDivisionError), sge_det.record_gates(model):
         raise ZeroDivisionError
-    assert not any(layer._forward_pre_hooks for layer in sge_layers(model).values())
+    assert not any(layer.observers for layer in sge_layers(model).values())
 
 
 def test_gates_are_recorded_in_any_model():
@@ -99,6 +99,58 @@ def test_gates_are_recorded_in_any_model():
     assert gates["first"].shape == (3, 2, 5, 6)
     assert not gates["first"].requires_grad
     assert x.grad is not None
+
+
+class Chain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.sge = sge_det.SpatialGroupEnhance(groups=2)
+        nn.init.normal_(self.sge.weight, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, x):
+        return self.sge.residual(x, x)
+
+
+@pytest.mark.parametrize("way", ["function", "in place", "a part"])
+def test_gates_are_recorded_in_a_compiled_model(way):
+    model = nn.Sequential(Chain())
+    x = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(1))
+    if way == "function":
+        model = torch.compile(model, backend="eager")
+    elif way == "in place":
+        model.compile(backend="eager")
+    else:
+        model[0] = torch.compile(model[0], backend="eager")
+    expected = model(x)
+    with sge_det.record_gates(model) as gates:
+        torch.testing.assert_close(model(x), expected)
+    assert list(gates) == list(sge_layers(model)) == ["0.sge"]
+    (layer,) = sge_layers(model).values()
+    gamma, beta = (p.detach().double().numpy().ravel() for p in (layer.weight, layer.bias))
+    np.testing.assert_allclose(gates["0.sge"].numpy(), gates_by_formula(x.numpy(), gamma, beta, 2), atol=2e-5)
+    gates.clear()
+    model(x)
+    assert not gates
+
+
+def test_an_exported_model_is_told_to_show_no_gates():
+    x = torch.randn(2, 4, 5, 6)
+    program = torch.export.export(Chain(), (x,))
+    for model in (torch.jit.trace(Chain(), x), torch.jit.script(Chain()), program.module()):
+        with pytest.raises(sge_det.UserError, match="an exported model"), sge_det.record_gates(model):
+            pass
+
+
+def test_two_may_look_on_at_once():
+    model, x = Chain(), torch.randn(2, 4, 5, 6)
+    with sge_det.record_gates(model) as outer:
+        with sge_det.record_gates(model) as inner:
+            model(x)
+        assert torch.equal(outer["sge"], inner["sge"])
+        kept = inner["sge"]
+        model(2 * x)
+    assert inner["sge"] is kept and not torch.equal(outer["sge"], kept)
+    assert model.sge.observers == ()
 
 
 def test_layers_are_found_by_stage_and_block(model):
@@ -170,7 +222,7 @@ def trained(sample, tmp_path_factory):
 def test_logging_does_not_change_the_training(trained):
     without, with_log = trained[0][0].state_dict(), trained[1][0].state_dict()
     assert all(torch.equal(without[key], with_log[key]) for key in without)
-    assert not any(layer._forward_pre_hooks for layer in sge_layers(trained[1][0]).values())
+    assert not any(layer.observers for layer in sge_layers(trained[1][0]).values())
 
 
 def test_gates_are_logged_in_their_period(trained):

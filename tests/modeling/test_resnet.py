@@ -108,6 +108,23 @@ def test_block_is_branch_then_sge_then_shortcut_then_relu(depth):
         torch.testing.assert_close(block(x), expected)
 
 
+@pytest.mark.parametrize("attention", ["sge", "se", "eca", "cbam", None])
+@pytest.mark.parametrize("depth", [18, 50])
+def test_blocks_can_be_scripted(depth, attention):
+    cfg = resnet_config(depth)
+    cfg.MODEL.SGE.ENABLED = attention is not None
+    cfg.MODEL.SGE.ATTENTION = attention or "sge"
+    torch.manual_seed(3)
+    block = build_sge_resnet_backbone(cfg, INPUT).eval().res3[0]
+    if attention == "sge":
+        torch.nn.init.normal_(block.sge.weight)
+    scripted = torch.jit.script(block)
+    for size in ((2, 9, 11), (1, 16, 8)):
+        x = torch.randn(size[0], block.in_channels, *size[1:])
+        with torch.no_grad():
+            torch.testing.assert_close(scripted(x), block(x))
+
+
 def test_default_stages_take_the_block_class():
     stages = ResNet.make_default_stages(50, block_class=SGEBottleneckBlock, norm="BN")
     assert all(isinstance(block.sge, SpatialGroupEnhance) for stage in stages for block in stage)

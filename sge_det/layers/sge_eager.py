@@ -1,0 +1,177 @@
+"""The layer and the block tail in PyTorch's eager operators, worked through block by block.
+
+A block of the activation stays in the cache from its mean to its gated output, and the gradient recomputes the small
+maps from x rather than keeping them. See ``sge.py`` for the equations and ``formula.py`` for what ``scale`` is.
+"""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+# Bytes of activation that one round of passes covers on the CPU. A block, its shortcut and its output should fit the
+# last-level cache; smaller blocks lose more to the cost of calling operators.
+_BLOCK_BYTES = 8 << 20
+
+
+def forward(
+    x: Tensor, shortcut: Tensor | None, weight: Tensor, bias: Tensor, eps: float, inplace: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Computes SGE(x), or relu(SGE(x) + shortcut).
+
+    Args:
+        x: (N, C, H, W), dense in either memory format.
+        shortcut: None, or as ``x`` in shape, dtype and strides.
+        weight, bias: (1, G, 1, 1).
+        inplace: the result takes the place of ``x``.
+
+    Returns:
+        the result; and for :func:`backward`, for each of the N * G rows in the dtype of the computation: g of eq. 1
+        (rows, C / G, 1); scale, the scaled std of eq. 3 and the denominator, gamma and beta (rows, 1, 1).
+    """
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    out = x if inplace else torch.empty_like(x)
+    gamma, beta = (p.to(compute).expand(x.shape[0], -1, -1, -1).reshape(-1, 1, 1) for p in (weight, bias))
+    blocks = _blocks(weight.numel(), x, shortcut, out, gamma, beta)
+    return out, (*_cat([_block_forward(*block, eps) for block in blocks]), gamma, beta)
+
+
+def backward(
+    x: Tensor, grad: Tensor, out: Tensor | None, rows: tuple[Tensor, ...], groups: int, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    """The gradients of :func:`forward`.
+
+    Args:
+        x, rows: of the forward pass.
+        grad: of the result; same strides as ``x``.
+        out: the result where it went through the ReLU, else None.
+        groups: G.
+        needs: whether the gradients of x and of the shortcut are wanted.
+
+    Returns:
+        the gradients of x and of the shortcut, or None; those of gamma and beta for each sample, (N, G).
+    """
+    grad_x, grad_shortcut = (torch.empty_like(x) if need else None for need in needs)
+    blocks = _blocks(groups, x, grad, out, grad_x, grad_shortcut, *rows)
+    grad_gamma, grad_beta = _cat([_block_backward(*block) for block in blocks])
+    return grad_x, grad_shortcut, grad_gamma.view(-1, groups), grad_beta.view(-1, groups)
+
+
+def _block_forward(
+    x: Tensor, shortcut: Tensor | None, out: Tensor, gamma: Tensor, beta: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = x.to(gamma.dtype)
+    g = wide.mean(2, keepdim=True)
+    scale = torch.linalg.vector_norm(g, float("inf"), 1, keepdim=True).clamp_(min=1).reciprocal_()
+    gate = _centred_similarity(wide, g, scale)
+    std = torch.linalg.vector_norm(gate, dim=2, keepdim=True).div_(max(x.shape[2] - 1, 1) ** 0.5)
+    denominator = (scale * scale).mul_(eps).add_(std).clamp_(min=torch.finfo(std.dtype).tiny)
+    # Two passes over the map cost less than an addcmul, which is not vectorised where an operand is one number a row.
+    gate = gate.mul_(gamma / denominator).add_(beta).sigmoid_().to(x.dtype)
+    if shortcut is None:
+        torch.mul(x, gate, out=out)
+    else:
+        torch.addcmul(shortcut, x, gate, out=out).relu_()
+    return g, scale, std, denominator
+
+
+def _block_backward(
+    x: Tensor,
+    grad: Tensor,
+    out: Tensor | None,
+    grad_x: Tensor | None,
+    grad_shortcut: Tensor | None,
+    g: Tensor,
+    scale: Tensor,
+    std: Tensor,
+    denominator: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Fills ``grad_x`` and ``grad_shortcut``, where wanted, and returns the gradients of each row's gamma and beta."""
+    if out is not None:
+        grad_shortcut = torch.empty_like(grad) if grad_shortcut is None else grad_shortcut
+        grad = torch.ops.aten.threshold_backward.grad_input(grad, out, 0, grad_input=grad_shortcut)
+    wide, grad = x.to(g.dtype), grad.to(g.dtype)
+    positions = x.shape[2]
+    u = _centred_similarity(wide, g, scale)
+    slope = gamma / denominator
+    gate = (u * slope).add_(beta).sigmoid_()
+    product = grad_x if grad_x is not None and grad_x.dtype == g.dtype else torch.empty_like(wide)
+    # As a product with a vector, the sum over a few channels is faster than ``sum``. The gradients of a and of u are
+    # held multiplied by ``scale``, so that their products with x do not overflow.
+    grad_a = torch.bmm(scale.expand(g.mT.shape), torch.mul(grad, wide, out=product), out=torch.empty_like(u))
+    grad_a = torch.ops.aten.sigmoid_backward.grad_input(grad_a, gate, grad_input=grad_a)
+    grad_beta = grad_a.sum(2, keepdim=True)
+    grad_gamma = (grad_a * u).sum(2, keepdim=True).div_(denominator)
+    if grad_x is not None:
+        # Where all similarities are equal, u and the gradient of the std are 0: keep 0 / 0 out of it.
+        through_std = grad_gamma / std.clamp(min=torch.finfo(std.dtype).tiny)
+        grad_u = grad_a.sub_(grad_beta / positions).sub_(u.mul_(through_std.div_(max(positions - 1, 1))))
+        slope = slope.mul_(scale)
+        # What remains of the chain, the factor ``slope``, is cheaper on g than on the map.
+        grad_g = torch.bmm(grad_u, wide.mT, out=torch.empty_like(g.mT)).mT
+        torch.addcmul(grad_g * (slope / positions), grad, gate, out=product).addcmul_(g * slope, grad_u)
+        if product is not grad_x:
+            grad_x.copy_(product)
+    return grad_gamma.div_(scale), grad_beta.div_(scale)
+
+
+def _centred_similarity(x: Tensor, g: Tensor, scale: Tensor) -> Tensor:
+    """s - mean(s) of eq. 2, multiplied by the square of ``scale``.
+
+    Args:
+        x: rows (rows, C / G, H * W).
+        g: (rows, C / G, 1).
+        scale: (rows, 1, 1).
+
+    Returns:
+        (rows, 1, H * W).
+    """
+    u = x.new_empty(x.shape[0], 1, x.shape[2])
+    if x.shape[2] == 1:  # the two products differ by rounding
+        return u.zero_()
+    scaled = (g * scale).mul_(scale)  # the square by itself may vanish
+    # A product with an ``out`` is one that autocast does not take to half precision.
+    return torch.bmm(scaled.mT, x, out=u).sub_(scaled.mul_(g).sum(1, keepdim=True))
+
+
+def _blocks(groups: int, *tensors: Tensor | None) -> list[tuple[Tensor | None, ...]]:
+    """Cuts tensors into blocks of the N * G rows, a row being one group of one sample.
+
+    Args:
+        tensors: the first is (N, C, H, W) and dense in either memory format, the others are the same in shape and
+            strides, or (N * G, ..., ...), or None.
+
+    Returns:
+        for each block a tuple with, for each tensor, its view (rows, C / G, H * W) or (rows, ..., ...), or None.
+    """
+    x = tensors[0]
+    samples, channels, height, width = x.shape
+    # In channels_last the rows of different samples do not lie at one stride: a block cannot span samples.
+    contiguous = x.is_contiguous()
+    rows = samples * groups if contiguous else groups
+    shape = (rows, channels // groups, height * width)
+    step = rows
+    if x.device.type == "cpu":
+        fitting = _BLOCK_BYTES // max(x.element_size() * shape[1] * shape[2], 1)
+        # A block's gate map, 1 / shape[1] of it, should stay below a tenth of the activation.
+        step = max(min(fitting, rows * shape[1] // 12), 1)
+
+    def cut(tensor: Tensor | None):
+        if tensor is None:
+            return itertools.repeat(None)
+        if contiguous:
+            parts = [tensor.view(shape) if tensor.dim() == 4 else tensor]
+        else:
+            parts = [sample.view(shape) for sample in tensor] if tensor.dim() == 4 else tensor.split(groups)
+        if step >= rows:
+            return parts
+        return [part[start : start + step] for part in parts for start in range(0, rows, step)]
+
+    return list(zip(*map(cut, tensors), strict=False))
+
+
+def _cat(blocks: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Joins what the blocks returned."""
+    return blocks[0] if len(blocks) == 1 else tuple(map(torch.cat, zip(*blocks, strict=True)))
