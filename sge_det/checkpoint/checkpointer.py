@@ -14,7 +14,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from ..errors import UserError
-from .safe_load import load_checkpoint, load_torch
+from .safe_load import load_checkpoint, load_file
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class Checkpointer(DetectionCheckpointer):
         return super()._load_file(filename)
 
     def _torch_load(self, f: str) -> Any:
-        return load_torch(f)
+        return load_file(f)
 
     def _load_model(self, checkpoint: dict[str, Any]):
         incompatible = super()._load_model(checkpoint)

@@ -1,65 +1,33 @@
 """Reading and writing of weights files. Reading never runs what a file says."""
 
-import argparse
-import collections
 import contextlib
 import hashlib
 import json
 import os
-import pickle
-import re
-import zipfile
-from collections.abc import Callable
+import stat
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .pickles import Damaged, Refused, Stream
+from .tensors import DTYPES, check_booleans, count, fits
+from .torch_files import ZIP_MAGIC, is_legacy, load_legacy, load_pickle, load_zip
 
-# The names of an entry point under NumPy 1 and NumPy 2.
-_NUMPY_CORES = ("numpy.core", "numpy._core")
-_DTYPES = {name: value for name, value in vars(getattr(np, "dtypes", object())).items() if isinstance(value, type)}
-_PLAIN = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("collections", "defaultdict"): collections.defaultdict,
-    **{("builtins", kind.__name__): kind for kind in (dict, list, tuple, set, frozenset, bytearray, complex, bytes)},
+# Names of safetensors' dtypes.
+_SAFETENSORS = {
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64", "BOOL": "bool"},
+    **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8"},
+    **{"U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8"},
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
 }
+_LONGEST_HEADER = 100 << 20
 
 
-def _numpy_globals() -> dict[tuple[str, str], Any]:
-    rebuild, _, _ = np.zeros(1).__reduce__()
-    scalar, _ = np.float64(0).__reduce__()
-    names = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
-    for core in _NUMPY_CORES:
-        names[f"{core}.multiarray", "_reconstruct"] = rebuild
-        names[f"{core}.multiarray", "scalar"] = scalar
-    names |= {("numpy.dtypes", name): value for name, value in _DTYPES.items()}
-    return names
-
-
-_NUMPY = _numpy_globals()
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Admits NumPy arrays, scalars and dtypes, and plain containers."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        # Python 2 wrote "__builtin__"
-        known = ("builtins" if module == "__builtin__" else module, name)
-        if known in _PLAIN:
-            return _PLAIN[known]
-        if known in _NUMPY:
-            return _NUMPY[known]
-        if known == ("_codecs", "encode"):  # how Python 3 writes bytes at protocol 2
-            return lambda text, encoding: text.encode("latin1")
-        raise _Refused(f"{module}.{name}")
-
-
-class _Refused(pickle.UnpicklingError):
-    """Names the global that a pickle asked for."""
+class Unreadable(UserError):
+    """A weights file that is not there, damaged, or refused."""
 
 
 def load_file(path: str | Path) -> Any:
@@ -73,72 +41,112 @@ def load_file(path: str | Path) -> Any:
         :func:`write_weights` put in.
 
     Raises:
-        UserError: it is not there, is damaged, or holds something that would run code: names it.
+        Unreadable: it is not there, is damaged, or names something that would have to be called: says which.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"there is no weights file {path}")
+    size = _size(path)
     try:
+        return _load(path, size)
+    except Refused as error:
+        raise Unreadable(f"{path} is refused: to read it would call {error}, and weights need no such thing") from error
+    except MemoryError as error:
+        raise Unreadable(f"the weights {path} cannot be read: there is too little memory for them") from error
+    except OSError as error:
+        raise Unreadable(f"the weights {path} cannot be read: {error.strerror or error}") from error
+    except Damaged as error:
+        raise Unreadable(f"the weights {path} cannot be read: {error}") from error
+    except Exception as error:
+        # there is no list of what bytes that are no weights make a parser of zip, JSON, UTF-8 and numbers raise
+        first = str(error).strip().split("\n")[0][:200]
+        text = first if first.isprintable() else ascii(first)
+        kind = type(error).__name__
+        raise Unreadable(f"the weights {path} cannot be read: they are damaged ({kind}: {text})") from error
+
+
+def _size(path: Path) -> int:
+    try:
+        status = path.stat()
+    except (OSError, ValueError) as error:
+        raise Unreadable(f"there is no weights file {path}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise Unreadable(f"there is no weights file {path}: it is a folder or a device")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if status.st_size > memory:
+        raise Unreadable(f"the weights {path} cannot be read: they are larger than this machine's memory")
+    return status.st_size
+
+
+def _load(path: Path, size: int) -> Any:
+    with open(path, "rb") as file:
         if path.suffix == ".safetensors":
-            return _load_safetensors(path)
-        if path.suffix == ".pkl" and not zipfile.is_zipfile(path):
-            with open(path, "rb") as file:
-                return _ArrayUnpickler(file, encoding="latin1").load()
-        return load_torch(path)
-    except _Refused as error:
-        raise UserError(f"{path} is refused: to read it would call {error}, and weights need no such thing") from error
-    except UserError:
-        raise
-    except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError, OSError, ValueError, KeyError) as error:
-        raise _unreadable(path, error) from error
-    except (AttributeError, TypeError, IndexError, ImportError, AssertionError) as error:
-        # what the unpickler meets in bytes that are no pickle
-        raise _unreadable(path, error) from error
+            return _load_safetensors(Stream(file, size))
+        begin = file.read(len(ZIP_MAGIC))
+        if begin == ZIP_MAGIC:
+            return load_zip(path)
+        file.seek(0)
+        value, rest = load_pickle(file, size)
+        if is_legacy(value):
+            return load_legacy(rest)
+        if path.suffix != ".pkl":
+            raise Damaged("it is no file that torch.save wrote")
+        return value
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
-    first = str(error).strip().split("\n")[0]
-    return UserError(f"the weights {path} cannot be read: {first or type(error).__name__}")
+def _load_safetensors(stream: Stream) -> dict[str, Any]:
+    length = int.from_bytes(stream.take(8), "little")
+    if length > _LONGEST_HEADER:
+        raise Damaged("it is no file of safetensors")
+    header = json.loads(stream.take(length).decode(), object_pairs_hook=_without_repeats)
+    if not isinstance(header, dict):
+        raise Damaged("its header is no table of tensors")
+    metadata = header.pop("__metadata__", {})
+    tensors, places = {}, {}
+    for key, entry in header.items():
+        tensors[key], places[key] = _tensor_entry(entry)
+    if not fits(list(places.values()), stream.left):
+        raise Damaged("its tensors are not as long as its data")
+    model = {}
+    for key in sorted(places, key=places.get):
+        dtype, shape = tensors[key]
+        begin, end = places[key]
+        memory = torch.empty(end - begin, dtype=torch.uint8)
+        stream.fill(memoryview(memory.numpy()))
+        if dtype is torch.bool:
+            check_booleans(memory.numpy())
+        model[key] = memory.view(dtype).reshape(shape) if len(memory) else torch.empty(shape, dtype=dtype)
+    return {"model": {key: model[key] for key in header}} | _extra(metadata)
 
 
-def load_torch(file: Any) -> Any:
-    """``torch.load`` on the CPU that builds tensors, NumPy scalars and plain containers only.
-
-    Raises:
-        UserError: the file holds something else, which could run code: names it.
-    """
-    try:
-        with _admit(_NUMPY | {("argparse", "Namespace"): argparse.Namespace}):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|(?:function|type|class)(?= [\w.]+\.)) ([\w.]*\w)", str(error))
-        if found is None:
-            # torch's own text advises to read the file without this guard
-            raise pickle.UnpicklingError("it is no file that torch.save wrote") from error
-        name = getattr(file, "name", file)
-        raise UserError(
-            f"{name} is refused: to read it would call {found[1]}, and weights need no such thing"
-        ) from error
+def _tensor_entry(entry: Any) -> tuple[tuple[torch.dtype, list[int]], tuple[int, int]]:
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        raise Damaged("its header is no table of tensors")
+    name, shape, place = (entry.get(part) for part in ("dtype", "shape", "data_offsets"))
+    dtype = DTYPES.get(_SAFETENSORS.get(name, ""))
+    if dtype is None:
+        raise Damaged(f"it holds a tensor of {name[:20]!a}, which no weights are")
+    if not isinstance(place, list) or len(place) != 2 or not all(type(value) is int for value in place):
+        raise Damaged("its header does not say where the tensors are")
+    if place[1] - place[0] != count(shape) * dtype.itemsize:
+        raise Damaged(f"it claims a tensor of {count(shape)} numbers where it has {place[1] - place[0]} bytes")
+    return (dtype, shape), (place[0], place[1])
 
 
-def _admit(names: dict[tuple[str, str], Callable]) -> contextlib.AbstractContextManager:
-    # torch before 2.5 has no such list, and reads tensors all the same
-    safe_globals = getattr(torch.serialization, "safe_globals", None)
-    if safe_globals is None:
-        return contextlib.nullcontext()
-    return safe_globals([(value, ".".join(name)) for name, value in names.items()])
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise Damaged("a name in its header stands there twice")
+    return result
 
 
-def _load_safetensors(path: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            content = {"model": {key: file.get_tensor(key) for key in file.keys()}}  # noqa: SIM118 (no mapping)
-            header = file.metadata() or {}
-        return content | json.loads(header.get("sge_det", "{}"))
-    except SafetensorError as error:
-        raise _unreadable(path, error) from error
+def _extra(metadata: Any) -> dict[str, Any]:
+    """What :func:`write_weights` put into a safetensors file besides the tensors."""
+    text = metadata.get("sge_det") if isinstance(metadata, dict) else None
+    if not isinstance(text, str):
+        return {}
+    extra = json.loads(text)
+    if not isinstance(extra, dict):
+        raise Damaged("its metadata is no table")
+    return {key: value for key, value in extra.items() if key != "model"}
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -149,7 +157,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         :func:`write_weights`), "matching_heuristics" and "__author__".
 
     Raises:
-        UserError: as :func:`load_file`.
+        Unreadable: as :func:`load_file`.
     """
     content = load_file(path)
     if isinstance(content, dict):
@@ -162,7 +170,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     weights = content["model"] if isinstance(content, dict) else content
     if not isinstance(weights, dict):
         kind = type(weights).__name__
-        raise UserError(f"the weights {path} cannot be read: they are a {kind}, not a dict of tensors")
+        raise Unreadable(f"the weights {path} cannot be read: they are a {kind}, not a dict of tensors")
+    for key, kind in (("__author__", str), ("matching_heuristics", bool)):
+        if not isinstance(content.get(key, kind()), kind):
+            raise Unreadable(f"the weights {path} cannot be read: {key} in them is a {type(content[key]).__name__}")
     return content
 
 

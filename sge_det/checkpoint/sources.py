@@ -173,6 +173,7 @@ def read_source(path: str, *, strict: bool = True) -> Source:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be fetched: {error}") from error
     checkpoint = load_checkpoint(local)
+    _check_metadata(checkpoint, path)
     state = as_tensors(_unwrap(checkpoint), path)
     try:
         kind = identify(state, path)
@@ -194,6 +195,27 @@ def _metadata(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     """What we wrote into a file, or nothing: others have a "metadata" too."""
     metadata = checkpoint.get("metadata")
     return metadata if isinstance(metadata, Mapping) and "channel_order" in metadata else {}
+
+
+def _check_metadata(checkpoint: Mapping[str, Any], path: str) -> None:
+    """Raises a UserError where a file says of its images what nobody can set in a config."""
+    metadata = _metadata(checkpoint)
+    wanted = {
+        "channel_order": (lambda value: value in ("RGB", "BGR"), "RGB or BGR"),
+        "pixel_mean": (_are_three_numbers, "three numbers"),
+        "pixel_std": (lambda value: _are_three_numbers(value) and all(value), "three numbers other than 0"),
+        "stride_in_1x1": (lambda value: isinstance(value, bool), "true or false"),
+        "transplanted": (lambda value: isinstance(value, bool), "true or false"),
+    }
+    for name, (holds, what) in wanted.items():
+        value = metadata.get(name)
+        if value is not None and not (isinstance(value, str | bool | list | tuple) and holds(value)):
+            raise UserError(f"{path}: its metadata has no {name} that can be used: {what} must stand there")
+
+
+def _are_three_numbers(value: Any) -> bool:
+    numbers = isinstance(value, list | tuple) and len(value) == 3
+    return numbers and all(type(number) in (int, float) and abs(number) < 1e6 for number in value)
 
 
 def _unwrap(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -261,7 +283,7 @@ def _recipe(kind: str, checkpoint: Mapping[str, Any], state: Mapping[str, Tensor
     if kind.startswith("mmdet-"):
         return _mmdet_recipe(checkpoint)
     mean, std = state.get("pixel_mean"), state.get("pixel_std")
-    if mean is not None and std is not None:
+    if mean is not None and std is not None and mean.numel() == std.numel() == 3 and not mean.is_complex():
         mean, std = tuple(mean.flatten().tolist()), tuple(std.flatten().tolist())
         # red is the brightest channel of the means in use
         return Recipe("RGB" if mean[0] > mean[-1] else "BGR", mean, std)
@@ -269,18 +291,20 @@ def _recipe(kind: str, checkpoint: Mapping[str, Any], state: Mapping[str, Tensor
 
 
 def _is_msra(state: Mapping[str, Tensor]) -> bool:
-    grouped = state["res2_0_branch2b_w"].shape[0] != state["res2_0_branch2b_w"].shape[1]
+    shape = state["res2_0_branch2b_w"].shape if "res2_0_branch2b_w" in state else ()
+    grouped = shape[:1] != shape[1:2]
     return not grouped and any("_bn_" in key for key in state)
 
 
 def _mmdet_recipe(checkpoint: Mapping[str, Any]) -> Recipe:
     # mmdetection keeps the text of its config; the release's are RGB, style "pytorch": stride in the 3x3
     meta = checkpoint["model"].get("meta")
-    text = str(meta.get("config", "")) if isinstance(meta, Mapping) else ""
+    text = meta.get("config") if isinstance(meta, Mapping) else None
+    text = text if isinstance(text, str) else ""
 
     def numbers(name: str, default: tuple[float, ...]) -> tuple[float, ...]:
         found = re.search(rf"\b{name}\s*=\s*[\[(]([^\])]*)[\])]", text)
-        values = tuple(map(float, re.findall(r"[-+\d.]+", found[1]))) if found else ()
+        values = tuple(map(float, re.findall(r"[-+]?(?:\d+\.?\d*|\.\d+)", found[1]))) if found else ()
         return values if len(values) == 3 else default
 
     return Recipe(
