@@ -2,18 +2,24 @@
 
 from .api import compare_results, measure_gain
 from .arms import Arm, choose_arms
+from .inference import Interval, both_interval, image_interval, outcomes, seed_interval, welch_interval
 from .matrix import Launch, Matrix, RunFailed
-from .statistics import Measurement, measure, t_interval
+from .statistics import Measurement, measure
 
 __all__ = [
     "Arm",
+    "Interval",
     "Launch",
     "Matrix",
     "Measurement",
     "RunFailed",
+    "both_interval",
     "choose_arms",
     "compare_results",
+    "image_interval",
     "measure",
     "measure_gain",
-    "t_interval",
+    "outcomes",
+    "seed_interval",
+    "welch_interval",
 ]

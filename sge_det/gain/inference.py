@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.optimize
 import scipy.stats
+from scipy.special import stdtr, stdtrit
 
 CONFIDENCE = 0.95
 ALPHA = 0.05
@@ -49,7 +50,7 @@ class Interval:
 
     @property
     def half_width(self) -> float:
-        return float(scipy.stats.t.ppf((1 + self.confidence) / 2, self.dof)) * self.error
+        return float(stdtrit(self.dof, (1 + self.confidence) / 2)) * self.error
 
     @property
     def low(self) -> float:
@@ -62,7 +63,7 @@ class Interval:
     @property
     def p(self) -> float:
         """The two-sided p-value of no difference."""
-        return 2 * float(scipy.stats.t.sf(abs(self.mean) / self.error, self.dof))
+        return 2 * float(stdtr(self.dof, -abs(self.mean) / self.error))
 
     def at(self, confidence: float) -> "Interval":
         """The same interval with another confidence."""
@@ -74,7 +75,7 @@ class Interval:
         Schuirmann, "A comparison of the two one-sided tests procedure and the power approach for assessing the
         equivalence of average bioavailability", 1987.
         """
-        return float(scipy.stats.t.sf((margin - abs(self.mean)) / self.error, self.dof))
+        return float(stdtr(self.dof, (abs(self.mean) - margin) / self.error))
 
 
 def seed_interval(differences: Sequence[float], confidence: float = CONFIDENCE) -> Interval | None:
@@ -347,7 +348,7 @@ def power(design: Design, difference: float, seeds: int, alpha: float = ALPHA) -
     error, dof = design.error(seeds)
     if not error:
         return float(difference != 0)
-    critical = scipy.stats.t.ppf(1 - alpha / 2, dof)
+    critical = stdtrit(dof, 1 - alpha / 2)
     shift = abs(difference) / error
     upper = scipy.stats.nct.sf(critical, dof, shift)
     lower = scipy.stats.nct.cdf(-critical, dof, shift)
@@ -421,5 +422,5 @@ def sequential_levels(looks: tuple[int, ...], alpha: float = ALPHA) -> tuple[flo
         critical = remaining[len(remaining) - 1 - rejected]
         going &= statistic <= critical
         spent = 1 - going.mean()
-        levels.append(2 * float(scipy.stats.t.sf(critical, look - 1)))
+        levels.append(2 * float(stdtr(look - 1, -critical)))
     return tuple(levels)

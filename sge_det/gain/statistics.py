@@ -2,8 +2,6 @@
 
 import json
 import math
-import threading
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,21 +9,27 @@ from typing import Any
 
 import hotcoco
 import numpy as np
-import scipy.stats
 from tqdm import tqdm
 
 from ..data.datasets import check_annotations, mask_fault, read_annotations
 from ..errors import UserError
+from ..evaluation.bootstrap import bootstrap_metrics, image_weights
 from ..evaluation.coco import TASKS, coco_metrics, evaluate_detections
+from ..evaluation.matching import Matches, Objects
+from .inference import (
+    CONFIDENCE,
+    Interval,
+    both_interval,
+    image_interval,
+    seed_correlation,
+    seed_interval,
+    welch_interval,
+)
 
 SCHEMA = 1
-CONFIDENCE = 0.95
 TASK_NAMES = {"bbox": "box", "segm": "mask"}
 # Gates whose standard deviation over the positions of a map is less than this multiply all positions alike.
 CONSTANT_GATES = 0.01
-# Samples that tell how long the others will take.
-_PILOT_SAMPLES = 5
-_PILOT_DETECTIONS = 20_000
 
 
 @dataclass
@@ -43,17 +47,6 @@ class Measurement:
     recall: list[float] = field(default_factory=list)
     curves: dict[str, dict[str, list[dict[str, list[float]]]]] = field(default_factory=dict)
     image_scores: dict[str, dict[str, list[dict[int, float]]]] = field(default_factory=dict)
-
-
-def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Student's t-interval of the mean of ``values``; (nan, nan) for fewer than two."""
-    if len(values) < 2:
-        return math.nan, math.nan
-    mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    if error == 0:
-        return mean, mean
-    low, high = scipy.stats.t.interval(confidence, len(values) - 1, loc=mean, scale=error)
-    return float(low), float(high)
 
 
 def measure(
@@ -90,13 +83,13 @@ def measure(
     if bootstrap < 0:
         raise UserError(f"--bootstrap must not be negative, got {bootstrap}")
     found: dict[str, dict[str, list]] = {}
-    intervals: dict[str, dict[str, list]] = {}
+    matches: dict[str, dict[str, list[Matches]]] = {}
     result = Measurement(report={})
     tasks = _tasks(truth, [path for files in detections.values() for path in files])
+    objects = {task: Objects(truth.coco, task, truth.content) for task in tasks} if bootstrap else {}
     steps = count * len(detections)
     with tqdm(total=steps, desc="metrics", unit="run", leave=False) as bar:
-        for place, seed in enumerate(seeds):
-            references: dict[str, hotcoco.COCOeval] = {}
+        for place in range(count):
             for name, files in detections.items():
                 boxes = truth.read_detections(files[place])
                 for task in tasks:
@@ -105,13 +98,10 @@ def measure(
                     evaluation = evaluate_detections(truth.coco, boxes, task)
                     found.setdefault(task, {}).setdefault(name, []).append(coco_metrics(evaluation))
                     _collect(result, task, name, evaluation, images)
-                    if name == reference:
-                        references[task] = evaluation
-                    elif bootstrap:
-                        what = f"bootstrap {name} seed {seed} {TASK_NAMES[task]}"
-                        interval = _image_bootstrap(references[task], evaluation, bootstrap, seed, what, len(boxes))
-                        intervals.setdefault(task, {}).setdefault(name, []).append(interval)
+                    if bootstrap:
+                        matches.setdefault(task, {}).setdefault(name, []).append(objects[task].match(boxes))
                 bar.update()
+    samples = _bootstrap(matches, len(truth.images), bootstrap)
     report = {"schema": SCHEMA, "reference": reference, "seeds": seeds, "tasks": list(found)}
     report |= {"images": len(truth.images), "confidence": CONFIDENCE, "bootstrap_samples": bootstrap}
     report["arms"] = {
@@ -119,7 +109,11 @@ def measure(
     }
     report["differences"] = {
         name: {
-            task: _differences(found[task][reference], found[task][name], intervals.get(task, {}).get(name, []))
+            task: _differences(
+                *(found[task][of] for of in (reference, name)),
+                *(samples[task][of] if samples else None for of in (reference, name)),
+                len(truth.images),
+            )
             for task in found
         }
         for name in others
@@ -145,6 +139,7 @@ class GroundTruth:
     def __init__(self, path: str | Path):
         content = read_annotations(str(path))
         check_annotations(str(path), content)
+        self.content = content
         self.images: dict[int, dict] = {image["id"]: image for image in content["images"]}
         self.categories: dict[int, str] = {entry["id"]: entry["name"] for entry in content["categories"]}
         self.annotations: list[dict] = content["annotations"]
@@ -241,38 +236,20 @@ def _collect(result: Measurement, task: str, name: str, evaluation: hotcoco.COCO
     result.image_scores.setdefault(task, {}).setdefault(name, []).append(scores)
 
 
-def _image_bootstrap(
-    a: hotcoco.COCOeval, b: hotcoco.COCOeval, samples: int, seed: int, what: str, detections: int
-) -> dict[str, tuple[float, float]]:
-    """Intervals of b - a over images, in points, by metric.
-
-    The samples are drawn in one call that tells nothing until it is done, so on large sets the bar follows the clock,
-    at the pace of a few samples before.
-    """
-    if detections < _PILOT_DETECTIONS:
-        return _intervals(hotcoco.compare(a, b, n_bootstrap=samples, seed=seed, confidence=CONFIDENCE))
-    start = time.monotonic()
-    hotcoco.compare(a, b, n_bootstrap=_PILOT_SAMPLES, seed=seed)
-    pace = (time.monotonic() - start) / _PILOT_SAMPLES
-    done: list[dict] = []
-    thread = threading.Thread(
-        target=lambda: done.append(hotcoco.compare(a, b, n_bootstrap=samples, seed=seed, confidence=CONFIDENCE)),
-        daemon=True,
-    )
-    start = time.monotonic()
-    with tqdm(total=samples, desc=f"{what} (estimated)", unit="sample", leave=False) as bar:
-        thread.start()
-        while thread.is_alive():
-            thread.join(1)
-            bar.n = min(int((time.monotonic() - start) / pace), samples - 1)
-            bar.refresh()
-    if not done:
-        raise RuntimeError(f"{what} failed")
-    return _intervals(done[0])
-
-
-def _intervals(compared: dict) -> dict[str, tuple[float, float]]:
-    return {name: (ci["lower"] * 100, ci["upper"] * 100) for name, ci in compared["ci"].items()}
+def _bootstrap(
+    matches: Mapping[str, Mapping[str, Sequence[Matches]]], images: int, samples: int
+) -> dict[str, dict[str, np.ndarray]]:
+    """The metrics for each sample of the images: by task and arm (seeds, samples, metrics), in points."""
+    if not samples:
+        return {}
+    weights = image_weights(images, samples)
+    runs = sum(len(of_seeds) for arms in matches.values() for of_seeds in arms.values())
+    found: dict[str, dict[str, np.ndarray]] = {}
+    with tqdm(total=runs * samples, desc="bootstrap", unit="sample", leave=False) as bar:
+        for task, arms in matches.items():
+            for name, of_seeds in arms.items():
+                found.setdefault(task, {})[name] = bootstrap_metrics(of_seeds, weights, bar.update)
+    return found
 
 
 def _summary(by_seed: Sequence[dict[str, float]]) -> dict[str, dict]:
@@ -285,25 +262,39 @@ def _summary(by_seed: Sequence[dict[str, float]]) -> dict[str, dict]:
 
 
 def _differences(
-    reference: Sequence[dict[str, float]], arm: Sequence[dict[str, float]], intervals: Sequence[dict]
+    reference: Sequence[dict[str, float]],
+    arm: Sequence[dict[str, float]],
+    reference_samples: np.ndarray | None,
+    arm_samples: np.ndarray | None,
+    images: int,
 ) -> dict[str, dict]:
     differences = {}
-    for metric in reference[0]:
-        values = [ours[metric] - theirs[metric] for ours, theirs in zip(arm, reference)]
-        low, high = t_interval(values)
-        images = [
-            dict(zip(("low", "high"), interval[metric]))
-            for interval in intervals
-            if metric in interval and not math.isnan(values[0])
-        ]
+    for place, metric in enumerate(reference[0]):
+        theirs, ours = ([metrics[metric] for metrics in by_seed] for by_seed in (reference, arm))
+        values = np.subtract(ours, theirs)
+        seeds = seed_interval(values)
+        of_images: list[Interval | None] = []
+        both = over_images = None
+        if reference_samples is not None and arm_samples is not None:
+            a, b = reference_samples[:, :, place], arm_samples[:, :, place]
+            of_images = [image_interval(value, sample, images) for value, sample in zip(values, b - a)]
+            over_images = image_interval(float(values.mean()), (b - a).mean(0), images)
+            both = both_interval(theirs, ours, a, b, images)
+        found = {"seeds": seeds, "welch": welch_interval(theirs, ours), "images": over_images, "both": both}
         differences[metric] = {
-            "mean": float(np.mean(values)),
-            "low": low,
-            "high": high,
-            "values": values,
-            "image_bootstrap": images,
+            "mean": float(values.mean()),
+            "low": seeds.low if seeds else math.nan,
+            "high": seeds.high if seeds else math.nan,
+            "values": values.tolist(),
+            "seed_correlation": seed_correlation(theirs, ours),
+            "intervals": {name: _bounds(interval) for name, interval in found.items()},
+            "image_bootstrap": [_bounds(interval) for interval in of_images if interval],
         }
     return differences
+
+
+def _bounds(interval: Interval | None) -> dict[str, float] | None:
+    return {"low": interval.low, "high": interval.high} if interval else None
 
 
 def _verdict(report: dict, name: str, task: str) -> dict[str, Any]:
@@ -316,7 +307,9 @@ def _verdict(report: dict, name: str, task: str) -> dict[str, Any]:
         return verdict | {"sentence": f"{name} against {reference}: {what} is absent, the ground truth has no objects."}
     sentence = f"{name} - {reference} = {difference['mean']:+.2f} {what}"
     percent = f"{CONFIDENCE:.0%}"
-    if len(seeds) > 1:
+    if len(seeds) > 1 and math.isnan(difference["low"]):
+        sentence += f" for all of {len(seeds)} seeds: without a spread there is no interval, so nothing is shown."
+    elif len(seeds) > 1:
         low, high = difference["low"], difference["high"]
         verdict["excludes_zero"] = excludes = low > 0 or high < 0
         kind = "a gain" if difference["mean"] > 0 else "a loss"

@@ -6,7 +6,7 @@ import pytest
 from pycocotools import mask as mask_utils
 
 from sge_det import UserError
-from sge_det.gain import compare_results, t_interval
+from sge_det.gain import compare_results, seed_interval, welch_interval
 from sge_det.gain.gallery import hits, most_different
 from sge_det.gain.statistics import GroundTruth, Measurement, constant_gates, measure
 
@@ -41,15 +41,6 @@ def cup_ap(found):
     return 100 * (math.floor(100 * found / 12 + 1e-9) + 1) / 101
 
 
-def test_t_interval_by_hand():
-    # t(0.975, 2 degrees of freedom) = 4.302653, standard error 1 / sqrt(3)
-    assert t_interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), abs=1e-5)
-    # t(0.975, 1) = 12.706205
-    assert t_interval([0.0, 2.0]) == pytest.approx((1 - 12.706205, 1 + 12.706205), abs=1e-5)
-    assert t_interval([0.7, 0.7, 0.7]) == pytest.approx((0.7, 0.7), abs=1e-9)
-    assert all(map(math.isnan, t_interval([4.0])))
-
-
 def test_differences_are_paired_by_seed(truth_file, tmp_path):
     files = {
         "plain": [detections(tmp_path / f"p{i}.json", found) for i, found in enumerate((3, 6))],
@@ -68,10 +59,44 @@ def test_differences_are_paired_by_seed(truth_file, tmp_path):
     assert (difference["low"], difference["high"]) == pytest.approx(
         (difference["mean"] - half, difference["mean"] + half)
     )
-    assert len(difference["image_bootstrap"]) == 2
+    assert difference["intervals"]["seeds"] == {"low": difference["low"], "high": difference["high"]}
+    assert math.isnan(difference["seed_correlation"])  # of two seeds it would be 1 or -1, whatever they are
+    arms = [report["arms"][name]["bbox"]["AP"]["values"] for name in ("plain", "sge")]
+    welch = welch_interval(*arms)
+    assert difference["intervals"]["welch"] == {"low": welch.low, "high": welch.high}
     for interval, value in zip(difference["image_bootstrap"], difference["values"]):
         assert interval["low"] <= value <= interval["high"]
         assert interval["low"] < interval["high"]
+
+
+def test_intervals_over_images_by_hand(truth_file, tmp_path):
+    """Cups: AP is nearly linear in the share of found images, so Student's interval of that share is near."""
+    files = {
+        "plain": [detections(tmp_path / f"p{i}.json", found) for i, found in enumerate((3, 4, 3))],
+        "sge": [detections(tmp_path / f"s{i}.json", found) for i, found in enumerate((8, 8, 7))],
+    }
+    report = measure(GroundTruth(truth_file), files, bootstrap=2000).report
+    difference = report["differences"]["sge"]["bbox"]["AP-cup"]
+    # images found by sge alone, as shares of the seeds
+    gained = np.array([0, 0, 0, 2 / 3, 1, 1, 1, 2 / 3, 0, 0, 0, 0]) * 100
+    images = seed_interval(gained)
+    assert difference["mean"] == pytest.approx(gained.mean(), abs=1)
+    assert tuple(difference["intervals"]["images"].values()) == pytest.approx((images.low, images.high), abs=2.5)
+    alone = seed_interval(difference["values"])
+    both = difference["intervals"]["both"]
+    assert alone.half_width < (both["high"] - both["low"]) / 2
+    assert (both["low"] + both["high"]) / 2 == pytest.approx(difference["mean"])
+    again = measure(GroundTruth(truth_file), files, bootstrap=2000).report
+    assert again["differences"]["sge"]["bbox"]["AP-cup"] == difference
+    without = measure(GroundTruth(truth_file), files, bootstrap=0).report
+    kept = without["differences"]["sge"]["bbox"]["AP-cup"]["intervals"]
+    assert (kept["images"], kept["both"]) == (None, None)
+    assert kept["seeds"] == difference["intervals"]["seeds"]
+
+
+def test_undefined_metrics_have_no_interval(truth_file, tmp_path):
+    files = {name: [detections(tmp_path / f"{name}.json", found)] for name, found in (("plain", 3), ("sge", 6))}
+    report = measure(GroundTruth(truth_file), files, bootstrap=200).report
     for absent in ("APl", "AP-fork"):
         assert math.isnan(report["arms"]["sge"]["bbox"][absent]["mean"])
         assert report["differences"]["sge"]["bbox"][absent]["image_bootstrap"] == []
@@ -80,8 +105,9 @@ def test_differences_are_paired_by_seed(truth_file, tmp_path):
 @pytest.mark.parametrize(
     ("plain", "sge", "excludes", "words"),
     [
-        ((2, 2), (8, 8), True, "zero is excluded, a gain"),
-        ((8, 8), (2, 2), True, "zero is excluded, a loss"),
+        ((2, 3), (9, 10), True, "zero is excluded, a gain"),
+        ((9, 10), (2, 3), True, "zero is excluded, a loss"),
+        ((2, 2), (8, 8), None, "without a spread there is no interval"),
         ((3, 6), (6, 8), False, "zero is not excluded, no gain or loss is shown"),
         ((3,), (6,), None, "seed noise was not measured"),
     ],
