@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ..data.datasets import read_annotations
 from ..data.loader import build_test_loader
 from ..errors import UserError
+from ..evaluation.bootstrap import image_weights
 from ..layers.sge import SpatialGroupEnhance
 from ..modeling.gates import evaluating, map_stride, observe, required_layers, stage_of
 
@@ -249,8 +250,7 @@ def _summary(rows: Sequence[np.ndarray]) -> dict:
     count = len(table)
     if not count:
         return {"images": 0} | {name: dict.fromkeys(("mean", "low", "high"), math.nan) for name in _figures(np.ones(6))}
-    generator = np.random.default_rng(0)
-    drawn = generator.multinomial(count, np.full(count, 1 / count), _BOOTSTRAP_SAMPLES) / count
+    drawn = image_weights(count, _BOOTSTRAP_SAMPLES) / count
     means, samples = _figures(table.mean(0)), _figures(drawn @ table)
     tail = (1 - CONFIDENCE) / 2
     summary: dict = {"images": count}

@@ -88,7 +88,9 @@ def test_report_json_has_the_schema(compared):
     for difference in report["differences"].values():
         for task in ("bbox", "segm"):
             assert list(difference[task]) == metrics
-            assert set(difference[task]["AP"]) == {"mean", "low", "high", "values", "image_bootstrap"}
+            found = {"mean", "low", "high", "values", "seed_correlation", "intervals", "image_bootstrap"}
+            assert set(difference[task]["AP"]) == found
+            assert set(difference[task]["AP"]["intervals"]) == {"seeds", "welch", "images", "both"}
             assert [set(interval) for interval in difference[task]["AP"]["image_bootstrap"]] == [{"low", "high"}] * 2
     assert "sge - plain" in report["verdict"]
     assert report["pointing"] == {}
