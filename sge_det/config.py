@@ -17,10 +17,12 @@ _CONFIG_DIRS = [folder / "configs" for folder in (Path(__file__).parent, Path(__
 
 
 def add_sge_config(cfg: CfgNode) -> None:
-    """Adds the ``MODEL.SGE`` keys and ``SOLVER.OPTIMIZER``, with their defaults, to a Detectron2 config."""
+    """Adds the ``MODEL.SGE`` keys and our two of ``SOLVER``, with their defaults, to a Detectron2 config."""
     cfg.MODEL.SGE = _default_options()
     # "SGD", as everywhere in Detectron2, or "ADAMW"; BASE_LR, the decays and the clipping serve both.
     cfg.SOLVER.OPTIMIZER = OPTIMIZERS[0]
+    # How many steps whose loss is not finite are passed over before training stops.
+    cfg.SOLVER.SKIP_NONFINITE = 0
 
 
 def _default_options() -> CfgNode:
@@ -80,6 +82,18 @@ def optimizer_name(cfg: CfgNode) -> str:
     return name
 
 
+def skip_nonfinite(cfg: CfgNode) -> int:
+    """``cfg.SOLVER.SKIP_NONFINITE``, 0 in a config that never heard of it.
+
+    Raises:
+        UserError: it is negative.
+    """
+    count = cfg.SOLVER.get("SKIP_NONFINITE", 0)
+    if count < 0:
+        raise UserError(f"SOLVER.SKIP_NONFINITE {count} must be the number of steps that may be passed over, from 0 on")
+    return count
+
+
 def get_config_file(name: str) -> str:
     """The path of a config that comes with sge_det.
 
@@ -135,6 +149,7 @@ def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> CfgNo
     merge_overrides(cfg, overrides)
     sge_options(cfg)
     optimizer_name(cfg)
+    skip_nonfinite(cfg)
     return cfg
 
 

@@ -1,33 +1,209 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, after a power cut too: written beside, synced, renamed."""
 
+import contextlib
 import errno
+import fcntl
+import hashlib
 import json
 import math
 import os
 import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import UserError
 
 # What a report with its pictures, or a log's next lines, need.
 _LEAST_FREE_BYTES = 4 << 20
+# How long another process may take to write the same file.
+_LONGEST_WAIT_SECONDS = 60.0
+_LONGEST_NAME = 200
 
 
-def write_file(path: Path, content: str | bytes) -> None:
-    """Writes ``path`` by way of a temporary file beside it, so that no reader ever sees half of it.
+class Part:
+    """What is written to, in place of the file that it becomes.
+
+    Attributes:
+        sha256: of what was written, in order; so far.
+        size: its number of bytes.
+        error: why the last write failed. Libraries turn it into errors of their own.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.sha256 = hashlib.sha256()
+        self.size = 0
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        """Writes all of ``data``."""
+        try:
+            count = self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.sha256.update(data)
+        self.size += count
+        return count
+
+    def flush(self) -> None:
+        """Hands everything to the system."""
+        self._file.flush()
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Part]:
+    """Gives a file to write, which becomes ``path`` at the end of the block and not at all where that fails.
+
+    No reader ever sees half of it, and a power cut leaves the old file or the new one. A part that a killed process
+    left is taken over by the next that writes the same file; two that write it at once take turns.
 
     Raises:
         UserError: it cannot be written; what was there is kept.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(part, path)
+        make_folder(path.parent)
+        part = _part_of(path)
+        file = _open_alone(part)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise cannot_write(path, error) from error
+    writer = Part(file)
+    try:
+        with file:
+            yield writer
+            file.flush()
+            os.fsync(file.fileno())
+            # the file is closed, and others may write their part, after it has its name
+            os.replace(part, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        _remove(part)
+        raise cannot_write(path, writer.error or error) from error
+    except BaseException as error:
+        _remove(part)
+        if writer.error is not None:
+            raise cannot_write(path, writer.error) from error
+        raise
+
+
+def _part_of(path: Path) -> Path:
+    name = path.name
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return path.with_name(f".{name}.part")
+
+
+def _open_alone(part: Path) -> BinaryIO:
+    """Opens a file, empty, for this process alone; the lock goes with the process that holds it."""
+    deadline = time.monotonic() + _LONGEST_WAIT_SECONDS
+    while True:
+        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            if _lock(descriptor) and _is_still(descriptor, part):
+                os.ftruncate(descriptor, 0)
+                return os.fdopen(descriptor, "wb")
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+        if time.monotonic() > deadline:
+            raise OSError(errno.EBUSY, "another process is writing it")
+        time.sleep(0.02)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True
+
+
+def _is_still(descriptor: int, part: Path) -> bool:
+    """Whether nobody has renamed or removed it since it was opened."""
+    try:
+        there = os.stat(part)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(descriptor), there)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it, so that they outlast a power cut.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the names in a folder are on the disk.
+
+    Raises:
+        OSError: the disk fails.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove_file(path: Path) -> None:
+    """Removes a file, if it is there, so that a power cut does not bring it back.
+
+    Raises:
+        UserError: it cannot be removed.
+    """
+    try:
+        path.unlink(missing_ok=True)
+        if path.parent.is_dir():
+            sync_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"{path} cannot be removed: {error.strerror or error}") from error
+
+
+def publish_folder(part: Path, folder: Path) -> None:
+    """Renames a folder that was written beside its place, once all in it is on the disk.
+
+    Raises:
+        OSError: the disk fails, or something is in its place.
+    """
+    for place, _, names in os.walk(part):
+        for name in names:
+            with open(os.path.join(place, name), "rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(place))
+    part.rename(folder)
+    sync_folder(folder.parent)
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Writes ``path`` as :func:`replacing` does.
+
+    Raises:
+        UserError: it cannot be written; what was there is kept.
+    """
+    with replacing(path) as part:
+        part.write(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,10 +1,10 @@
 """Weights in and checkpoints out: nothing half-written, nothing silently left at its random start."""
 
 import logging
+import math
 import os
-import pickle
-import shutil
-import zipfile
+import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from ..errors import UserError
+from ..files import remove_file, replacing, write_file
+from .checksums import KEY, Unreadable, checksums, first_not_finite, read_sidecar, sidecar, write_sidecar
 from .safe_load import load_checkpoint, load_file
 
 logger = logging.getLogger(__name__)
 
-# What is left where a checkpoint did not fit.
-_LEAST_FREE_BYTES = 4 << 20
+_TAG = "last_checkpoint"
+_LONGEST_TAG = 1000
 
 
 def check_weights_exist(cfg: CfgNode) -> None:
@@ -34,6 +36,63 @@ def check_weights_exist(cfg: CfgNode) -> None:
             f"MODEL.WEIGHTS {path} is not there: put the weights there (see 'Weights' in the README), name others with "
             "MODEL.WEIGHTS FILE, or train from scratch with MODEL.WEIGHTS ''"
         )
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The checkpoints of a run that it can go on from, the last one first.
+
+    That is the one that ``last_checkpoint`` names, whether it is there or not, and those that are older; all of them
+    where ``last_checkpoint`` is not there, or was left empty by a power cut.
+
+    Raises:
+        UserError: ``last_checkpoint`` names a file outside the folder, or nothing that is a checkpoint's name.
+    """
+    folder = Path(folder)
+    there = [path for path in folder.glob("model_*.pth") if re.fullmatch(r"model_(\d+|final)\.pth", path.name)]
+    there.sort(key=lambda path: (_iteration(path), path.name), reverse=True)
+    name = _tagged(folder / _TAG)
+    if not name:
+        return there
+    last = folder / name
+    return [last, *(path for path in there if path != last and _iteration(path) <= _iteration(last))]
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The checkpoint that a run goes on from, if nothing is wrong with it; None where there is none.
+
+    Raises:
+        UserError: as :func:`checkpoints`.
+    """
+    return next(iter(checkpoints(folder)), None)
+
+
+def _tagged(tag: Path) -> str:
+    try:
+        status = tag.lstat()
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise UserError(f"{tag} cannot be read: {error.strerror or error}") from error
+    if not stat.S_ISREG(status.st_mode) or status.st_size > _LONGEST_TAG:
+        raise UserError(f"{tag} is no file that names a checkpoint: remove it, and the newest checkpoint is used")
+    name = tag.read_bytes().decode("utf-8", "replace").strip()
+    if name and (not name.isprintable() or name != os.path.basename(name) or not name.endswith(".pth")):
+        raise UserError(
+            f"{tag} names {name!a}, but it must name a .pth file in its own folder: correct it, or remove it, and the "
+            "newest checkpoint is used"
+        )
+    return name
+
+
+def _iteration(path: Path) -> float:
+    """The number of iterations that a checkpoint comes after; infinite where only its content says it."""
+    if found := re.fullmatch(r"model_(\d+)\.pth", path.name):
+        return int(found[1])
+    try:
+        iteration = (read_sidecar(path) or {}).get("iteration")
+    except Unreadable:
+        iteration = None
+    return iteration if type(iteration) is int else math.inf
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -57,55 +116,138 @@ class Checkpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, **checkpointables)
         self.whole_model = whole_model
         self.metadata = metadata
+        self.resumed_from: Path | None = None
+        self._resuming = False
 
     def save(self, name: str, **kwargs: Any) -> None:
+        """Writes a checkpoint and its checksum, and names it in ``last_checkpoint``.
+
+        Raises:
+            UserError: it cannot be written, or something in it is not finite; what was there is kept.
+        """
         if not self.save_dir or not self.save_to_disk:
             return
         data = {"model": self.model.state_dict(), **kwargs}
         data |= {key: value.state_dict() for key, value in self.checkpointables.items()}
         if self.metadata is not None:
             data["metadata"] = self.metadata
-        path = os.path.join(self.save_dir, f"{name}.pth")
+        path = Path(self.save_dir, f"{name}.pth")
+        self._check_finite(data, path)
+        data[KEY] = checksums(data)
         self.logger.info(f"Saving checkpoint to {path}")
-        part = Path(f"{path}.part")
         try:
-            with open(part, "wb") as file:
-                torch.save(data, file)
-            os.replace(part, path)
-            self.tag_last_checkpoint(f"{name}.pth")
-        except (OSError, RuntimeError) as error:
-            is_full = shutil.disk_usage(self.save_dir).free < _LEAST_FREE_BYTES
-            part.unlink(missing_ok=True)
-            what = "the disk is full" if is_full else getattr(error, "strerror", None) or str(error).split("\n")[0]
+            # a checksum of what is no longer there would make the file look damaged
+            remove_file(sidecar(path))
+            with replacing(path) as part:
+                torch.save(data, part)
+            write_sidecar(path, part.sha256.hexdigest(), part.size, iteration=kwargs.get("iteration"))
+            self.tag_last_checkpoint(path.name)
+        except UserError as error:
+            reason = getattr(error.__cause__, "strerror", None) or error
             raise UserError(
-                f"the checkpoint {path} cannot be written, {what}: make room and resume from the one before it"
+                f"the checkpoint {path} cannot be written, {reason}: make room and resume from the one before it"
             ) from error
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        path = os.path.join(self.save_dir, "last_checkpoint")
-        with open(f"{path}.part", "w") as file:
-            file.write(last_filename_basename)
-        os.replace(f"{path}.part", path)
+        write_file(Path(self.save_dir, _TAG), last_filename_basename)
+
+    def _check_finite(self, data: dict[str, Any], path: Path) -> None:
+        wrong = first_not_finite(data)
+        if wrong is None:
+            return
+        iteration = data.get("iteration")
+        when = "" if iteration is None else f" after iteration {iteration}"
+        raise UserError(
+            f"{wrong.removeprefix('model/')} is no longer finite{when}: {path} is not written, and "
+            f"{self.last_good()}. Lower SOLVER.BASE_LR, or clip gradients with SOLVER.CLIP_GRADIENTS.ENABLED True"
+        )
+
+    def last_good(self) -> str:
+        """A few words on the checkpoint to go back to."""
+        last = last_checkpoint(self.save_dir) if self.save_dir else None
+        return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+
+    def has_checkpoint(self) -> bool:
+        return bool(self.save_dir) and (
+            last_checkpoint(self.save_dir) is not None or Path(self.save_dir, _TAG).exists()
+        )
+
+    def get_checkpoint_file(self) -> str:
+        last = last_checkpoint(self.save_dir)
+        return str(last) if last else ""
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Goes on from the last checkpoint that can be read, or loads ``path`` into the model where there is none.
+
+        Raises:
+            UserError: as :meth:`load`; none of the checkpoints can be read, or the one that can is not whole.
+        """
+        if not resume or not self.has_checkpoint():
+            return self.load(path, checkpointables=[])
+        found = checkpoints(self.save_dir)
+        if not found:
+            raise UserError(f"{self.save_dir} has a {_TAG} that names none, and no checkpoint: name another OUTPUT_DIR")
+        if not _tagged(Path(self.save_dir, _TAG)):
+            logger.warning(f"{self.save_dir} has no {_TAG} that names one: the newest checkpoint is {found[0].name}")
+        self._resuming = True
+        first = None
+        try:
+            for place in found:
+                try:
+                    content = self.load(str(place))
+                except Unreadable as error:
+                    first = first or error
+                    continue
+                self.resumed_from = place
+                if first is not None:
+                    logger.warning(f"{found[0].name} cannot be used ({first}): going on from {place.name}, before it")
+                return content
+        finally:
+            self._resuming = False
+        raise UserError(
+            f"no checkpoint in {self.save_dir} can be used, of {len(found)}: {first}; start anew in another OUTPUT_DIR"
+        ) from first
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Loads ``path`` into the model, and what else it holds into the checkpointables.
 
         Raises:
-            UserError: it cannot be read, or its weights are not this model's.
+            UserError: it cannot be read (then it is :class:`.checksums.Unreadable`, and nothing is changed), or its
+                weights are not this model's.
         """
         self._path = path
+        if self._resuming and not Path(path).is_file():
+            raise Unreadable(f"there is no weights file {path}")
         try:
             return super().load(path, checkpointables)
         except UserError:
             raise
-        except (
-            *(pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError, OSError, AssertionError),
-            *(ValueError, AttributeError, TypeError),  # its entries are no tensors
-        ) as error:
-            first = str(error).strip().split("\n")[0]
-            raise UserError(f"the weights {path} cannot be read: {first}") from error
+        except Exception as error:
+            # entries that are no tensors, states of hooks and optimizers: whatever they make of other types
+            first = str(error).strip().split("\n")[0][:300]
+            raise UserError(f"the weights {path} cannot be read: {first or type(error).__name__}") from error
+        finally:
+            self._parsed_url_during_load = None  # Detectron2 leaves it behind where it fails
 
     def _load_file(self, filename: str) -> dict[str, Any]:
+        checkpoint = self._read_file(filename)
+        if self._resuming:
+            self._check_complete(checkpoint)
+        return checkpoint
+
+    def _check_complete(self, checkpoint: dict[str, Any]) -> None:
+        """A run never starts anew, at iteration 0 or without its optimizer's momentum, where it should go on."""
+        for key, part in self.checkpointables.items():
+            lacking = _lacking(part.state_dict(), checkpoint.get(key), key)
+            if lacking is None and key == "trainer" and type(checkpoint.get("iteration")) is not int:
+                lacking = "iteration"
+            if lacking is not None:
+                raise UserError(
+                    f"{self._path} has no {lacking}, so that the run cannot go on from it as it was: start a new run "
+                    f"from its weights, with MODEL.WEIGHTS {self._path} and another OUTPUT_DIR"
+                )
+
+    def _read_file(self, filename: str) -> dict[str, Any]:
         # Detectron2 reads a .pkl with an unpickler that runs what it says, and no .safetensors at all
         if filename.endswith((".pkl", ".pyth", ".safetensors")):
             checkpoint = load_checkpoint(filename)
@@ -125,11 +267,10 @@ class Checkpointer(DetectionCheckpointer):
             for key in self.model.state_dict()
             if not key.endswith("num_batches_tracked") and key not in ("pixel_mean", "pixel_std")
         ]
+        whole = self.whole_model or self._resuming
         unfilled = {*incompatible.missing_keys, *(entry[0] for entry in incompatible.incorrect_shapes)}
         attention = [key for key in unfilled if ".sge." in key]
-        required = (
-            wanted if self.whole_model else [key for key in wanted if ".bottom_up." in key and ".sge." not in key]
-        )
+        required = wanted if whole else [key for key in wanted if ".bottom_up." in key and ".sge." not in key]
         lacking = [key for key in required if key in unfilled]
         if lacking:
             wrong_shape = {entry[0]: entry[1:] for entry in incompatible.incorrect_shapes}
@@ -140,7 +281,7 @@ class Checkpointer(DetectionCheckpointer):
                 example += " is not in the file"
             raise UserError(
                 f"the weights {self._path} do not match the model: they fill {len(required) - len(lacking)} of the "
-                f"{len(required)} tensors of {'it' if self.whole_model else 'its backbone'}; {example}. Name the "
+                f"{len(required)} tensors of {'it' if whole else 'its backbone'}; {example}. Name the "
                 "weights of this model in MODEL.WEIGHTS, or set the config to theirs (MODEL.RESNETS.DEPTH for instance)"
             )
         if attention:
@@ -149,3 +290,21 @@ class Checkpointer(DetectionCheckpointer):
                 "the backbone does not compute what these weights were trained for"
             )
         return incompatible
+
+
+def _lacking(own: Any, state: Any, name: str) -> str | None:
+    """The first part of a trainer's state that a checkpoint does not have; hooks come and go with the config."""
+    if not isinstance(own, dict):
+        return None
+    if not isinstance(state, dict):
+        return name
+    for key, part in own.items():
+        if key in ("hooks", "passed_over"):
+            continue
+        if key not in state:
+            return f"{name}'s {key}"
+        if key in ("_trainer", "optimizer"):
+            lacking = _lacking(dict.fromkeys(part) if key == "optimizer" else part, state[key], key.strip("_"))
+            if lacking is not None:
+                return lacking
+    return None

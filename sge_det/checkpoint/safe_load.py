@@ -1,7 +1,5 @@
 """Reading and writing of weights files. Reading never runs what a file says."""
 
-import contextlib
-import hashlib
 import json
 import os
 import stat
@@ -12,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import replacing
+from .checksums import KEY, Unreadable, check_file, check_tensors, checksums
 from .pickles import Damaged, Refused, Stream
 from .tensors import DTYPES, check_booleans, count, fits
 from .torch_files import ZIP_MAGIC, is_legacy, load_legacy, load_pickle, load_zip
@@ -26,10 +26,6 @@ _SAFETENSORS = {
 _LONGEST_HEADER = 100 << 20
 
 
-class Unreadable(UserError):
-    """A weights file that is not there, damaged, or refused."""
-
-
 def load_file(path: str | Path) -> Any:
     """Reads a weights file: safetensors, a torch file of either format, or a pickle of NumPy arrays.
 
@@ -41,12 +37,18 @@ def load_file(path: str | Path) -> Any:
         :func:`write_weights` put in.
 
     Raises:
-        Unreadable: it is not there, is damaged, or names something that would have to be called: says which.
+        Unreadable: it is not there, is damaged (see :mod:`.checksums`), or names something that would have to be
+            called: says which.
     """
     path = Path(path)
     size = _size(path)
     try:
-        return _load(path, size)
+        check_file(path)
+        content = _load(path, size)
+        check_tensors(content, path)
+        return content
+    except Unreadable:
+        raise
     except Refused as error:
         raise Unreadable(f"{path} is refused: to read it would call {error}, and weights need no such thing") from error
     except MemoryError as error:
@@ -178,7 +180,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def write_weights(path: str | Path, state: dict[str, Tensor], metadata: dict[str, Any], *, by_suffix: bool) -> None:
-    """Writes weights for ``MODEL.WEIGHTS``, whole or not at all: beside the file, then renamed.
+    """Writes weights for ``MODEL.WEIGHTS``, whole or not at all, with a checksum of each tensor.
 
     Args:
         path: ends in .pth or .safetensors.
@@ -190,27 +192,18 @@ def write_weights(path: str | Path, state: dict[str, Tensor], metadata: dict[str
         UserError: another ending, or a place where nothing can be written.
     """
     path = Path(path)
-    extra = {"__author__": "sge_det", "matching_heuristics": by_suffix, "metadata": metadata}
-    part = path.with_name(path.name + ".part")
     check_output(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    extra = {"__author__": "sge_det", "matching_heuristics": by_suffix, "metadata": metadata}
+    extra[KEY] = checksums({"model": state})
+    with replacing(path) as part:
         if path.suffix == ".safetensors":
             from safetensors.torch import save
 
             # no two tensors of the file may share memory
             tensors = {key: value.clone().contiguous() for key, value in state.items()}
-            content = save(tensors, {"format": "pt", "sge_det": json.dumps(extra)})
-            part.write_bytes(content)
+            part.write(save(tensors, {"format": "pt", "sge_det": json.dumps(extra)}))
         else:
-            with open(part, "wb") as file:
-                torch.save({"model": state, **extra}, file)
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+            torch.save({"model": state, **extra}, part)
 
 
 def check_output(path: str | Path) -> None:
@@ -223,12 +216,3 @@ def check_output(path: str | Path) -> None:
         raise UserError(f"{path}: the output must end in .pth or .safetensors, which MODEL.WEIGHTS takes")
     if Path(path).is_dir():
         raise UserError(f"{path} is a folder: name the file to write")
-
-
-def sha256(path: str | Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -12,7 +12,8 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
 from ..errors import UserError
-from .safe_load import load_checkpoint, sha256
+from .checksums import sha256
+from .safe_load import load_checkpoint
 
 # What the keys tell, and how it is said.
 KINDS = {

@@ -1,5 +1,6 @@
 """A contact sheet of a COCO set: its first images in a grid, with their masks, boxes and names."""
 
+import io
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from pycocotools import mask as mask_utils
 
 from ..errors import UserError
+from ..files import write_file
 
 _TILE, _GAP = 300, 6  # Mean width of the images on the contact sheet and the space between them, in pixels.
 _TILE_COLORS = [(255, 92, 80), (70, 160, 255), (255, 200, 40), (90, 220, 110), (200, 120, 255), (60, 220, 220)]
@@ -64,7 +66,9 @@ def contact_sheet(
                 sheet.paste(tile, (x, y))
                 x += tile.width + _GAP
             y += line[0].height + _GAP
-        sheet.save(output_png, format="PNG")
+        content = io.BytesIO()
+        sheet.save(content, format="PNG")
+        write_file(Path(output_png), content.getvalue())
     except OSError as error:
         raise UserError(f"The preview {output_png} cannot be made: {error.strerror or error}.") from error
 

@@ -23,6 +23,7 @@ from pycocotools import mask as mask_utils
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..files import publish_folder
 from .drawing import KINDS, DrawnObject, draw_scene
 
 SPLITS = ("train", "val")
@@ -210,7 +211,7 @@ def make_sample_coco(
             _write(SampleSet(partial, coco_layout, True), made_by)
             if root.exists():
                 root.rmdir()
-            partial.rename(root)
+            publish_folder(partial, root)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import hotcoco
@@ -16,7 +16,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from detectron2.utils import comm
 
-from ..checkpoint.checkpointer import check_weights_exist
+from ..checkpoint.checkpointer import check_weights_exist, checkpoints
 from ..checkpoint.convert import Coverage, coverage, in_backbone, model_shapes
 from ..checkpoint.mapping import to_detectron2
 from ..checkpoint.safe_load import load_file
@@ -471,15 +471,21 @@ def _sync_bn(cfg: CfgNode, processes: int) -> list[Finding]:
 
 
 def _resume(cfg: CfgNode) -> list[Finding]:
-    tag = Path(cfg.OUTPUT_DIR, "last_checkpoint")
-    if not tag.is_file():
+    try:
+        found = checkpoints(cfg.OUTPUT_DIR)
+    except UserError as error:
+        return [_finding(error, "--resume")]
+    if not found:
         return []
-    path = Path(cfg.OUTPUT_DIR, tag.read_text().strip())
+    path = found[0]
     try:
         checkpoint = load_file(path)
     except UserError as error:
-        return [_finding(error, "--resume")]
-    done = checkpoint.get("iteration", -1) + 1 if isinstance(checkpoint, dict) else 0
+        finding = _finding(error, "--resume")
+        older = found[1:]
+        return [replace(finding, severity="warning", remedy=f"{older[0]} is tried then")] if older else [finding]
+    iteration = checkpoint.get("iteration") if isinstance(checkpoint, dict) else None
+    done = iteration + 1 if type(iteration) is int else 0
     if done < cfg.SOLVER.MAX_ITER:
         return []
     problem = f"{path} is already trained to iteration {done} of {cfg.SOLVER.MAX_ITER}: there is nothing to train"

@@ -5,7 +5,6 @@ import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
@@ -17,9 +16,9 @@ from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from ..checkpoint.checkpointer import Checkpointer
+from ..checkpoint.checkpointer import Checkpointer, last_checkpoint
 from ..checkpoint.sources import Recipe
-from ..config import load_config, sge_options
+from ..config import load_config, sge_options, skip_nonfinite
 from ..data.datasets import use_datasets
 from ..data.loader import EvaluationLoader, ReplayableLoader, build_test_loader, build_train_loader
 from ..errors import UserError
@@ -28,6 +27,7 @@ from ..modeling.gates import GateWriter, sge_layers
 from ..modeling.resnet import start_sge
 from ..solver import build_optimizer
 from . import doctor
+from .guard import LossGuard
 
 logger = logging.getLogger(__name__)
 
@@ -167,6 +167,7 @@ class Trainer(DefaultTrainer):
         # DDP takes device ids for GPUs only
         devices = {} if cfg.MODEL.DEVICE != "cpu" else {"device_ids": None}
         model = create_ddp_model(model, broadcast_buffers=False, **devices)
+        self._guard = LossGuard(model, skip_nonfinite(cfg))
         trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
         self._trainer = trainer(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -185,7 +186,17 @@ class Trainer(DefaultTrainer):
 
     def run_step(self) -> None:
         torch.manual_seed((self.seed * 1_000_003 + self.iter) * comm.get_world_size() + comm.get_rank())
-        super().run_step()
+        try:
+            super().run_step()
+        except FloatingPointError as error:
+            self._guard.handle(error, self.iter, self.cfg.MODEL.DEVICE, self.checkpointer.last_good)
+
+    def state_dict(self) -> dict:
+        return super().state_dict() | {"passed_over": self._guard.passed_over}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self._guard.passed_over = int(state_dict.get("passed_over", 0))
 
     def build_hooks(self) -> list[HookBase]:
         hooks = super().build_hooks()
@@ -254,10 +265,6 @@ def train(cfg: CfgNode, *, resume: bool = False) -> OrderedDict:
     log.addFilter(_is_no_users_mistake)
     try:
         trainer.train()
-    except FloatingPointError as error:
-        raise UserError(
-            f"the loss is no longer finite, lower SOLVER.BASE_LR ({cfg.SOLVER.BASE_LR}): {error}"
-        ) from error
     finally:
         log.removeFilter(_is_no_users_mistake)
     results = getattr(trainer, "_last_eval_results", OrderedDict())
@@ -268,14 +275,14 @@ def train(cfg: CfgNode, *, resume: bool = False) -> OrderedDict:
 
 def _finish_last_checkpoint(trainer: Trainer) -> None:
     """Writes ``model_final.pth`` where the training was cut off after the last iteration and before that file."""
-    last = Path(trainer.checkpointer.get_checkpoint_file()).name
-    if trainer.start_iter == trainer.max_iter and last != "model_final.pth":
+    last = trainer.checkpointer.resumed_from
+    if trainer.start_iter == trainer.max_iter and last is not None and last.name != "model_final.pth":
         trainer.checkpointer.save("model_final", iteration=trainer.max_iter - 1)
 
 
 def _is_no_users_mistake(record: logging.LogRecord) -> bool:
     """Keeps the traceback that Detectron2 logs of every error away from those that end as a sentence."""
-    return not (record.exc_info and isinstance(record.exc_info[1], UserError | FloatingPointError))
+    return not (record.exc_info and isinstance(record.exc_info[1], UserError))
 
 
 def evaluate(cfg: CfgNode, *, resume: bool = False) -> OrderedDict:
@@ -306,7 +313,7 @@ def load_model(cfg: CfgNode, *, resume: bool = False) -> torch.nn.Module:
     Raises:
         UserError: there are no weights, or they do not fill the model.
     """
-    if not cfg.MODEL.WEIGHTS and not (resume and Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file()):
+    if not cfg.MODEL.WEIGHTS and not (resume and last_checkpoint(cfg.OUTPUT_DIR)):
         raise UserError("there are no weights to evaluate: name them with MODEL.WEIGHTS FILE")
     model = build_seeded_model(cfg)
     Checkpointer(model, cfg.OUTPUT_DIR, whole_model=True).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)

@@ -6,11 +6,14 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import hotcoco
 from detectron2.config import CfgNode
 from detectron2.evaluation import COCOEvaluator
 from detectron2.evaluation.coco_evaluation import _evaluate_predictions_on_coco
+
+from ..files import write_file
 
 logger = logging.getLogger(__name__)
 
@@ -85,10 +88,7 @@ class HotcocoEvaluator(COCOEvaluator):
             for result in results:
                 result["category_id"] = dataset_ids[result["category_id"]]
         if self._output_dir:
-            path = os.path.join(self._output_dir, "coco_instances_results.json")
-            with open(f"{path}.part", "w") as file:
-                json.dump(results, file)
-            os.replace(f"{path}.part", path)
+            write_file(Path(self._output_dir, "coco_instances_results.json"), json.dumps(results))
         if not self._do_evaluation:
             logger.info("the data set has no annotations to evaluate against")
             return

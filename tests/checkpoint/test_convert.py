@@ -17,7 +17,8 @@ import sge_det
 from sge_det import UserError
 from sge_det.checkpoint import convert_file, read_source
 from sge_det.checkpoint.checkpointer import Checkpointer
-from sge_det.checkpoint.safe_load import load_checkpoint, load_file, sha256
+from sge_det.checkpoint.checksums import sha256
+from sge_det.checkpoint.safe_load import load_checkpoint, load_file
 
 SIZES = [(64, 64), (70, 93)]
 OUT = ["res2", "res3", "res4", "res5"]

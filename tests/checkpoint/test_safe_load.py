@@ -146,8 +146,8 @@ def test_a_write_that_breaks_off_keeps_what_was_there(tmp_path, monkeypatch, end
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sge_det.checkpoint.safe_load.os.replace", full)
-    with pytest.raises(UserError, match=r"a\.\w+ cannot be written: No space left"):
+    monkeypatch.setattr("sge_det.files.os.replace", full)
+    with pytest.raises(UserError, match=r"the disk that holds \S+a\.\w+ is full"):
         write_weights(path, {"a": torch.ones(1)}, {}, by_suffix=False)
     assert load_checkpoint(path)["model"]["a"] == 0
     assert list(tmp_path.iterdir()) == [path]

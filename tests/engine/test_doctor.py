@@ -329,7 +329,11 @@ def test_resuming_past_the_end(examine, tmp_path):
     assert examine(*run, 101, resume=True) == []
     assert examine(*run, 100) == []
     (tmp_path / "last_checkpoint").write_text("gone.pth")
+    only(examine(*run, 101, resume=True), "warning", "--resume: there is no weights file", "model_final.pth is tried")
+    (tmp_path / "model_final.pth").unlink()
     only(examine(*run, 101, resume=True), "error", "--resume: there is no weights file")
+    (tmp_path / "last_checkpoint").write_text("../gone.pth")
+    only(examine(*run, 101, resume=True), "error", "must name a .pth file in its own folder")
     assert examine("OUTPUT_DIR", tmp_path / "new", resume=True) == []
 
 

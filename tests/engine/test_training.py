@@ -82,7 +82,7 @@ def test_a_run_cut_off_in_its_last_file_is_finished(tmp_path, sample_datasets):
     cfg = tiny_config(tmp_path, sample_datasets, "SOLVER.MAX_ITER", "2", "SOLVER.CHECKPOINT_PERIOD", "2")
     cfg.DATASETS.TEST = ()
     train(cfg)
-    final, part = tmp_path / "model_final.pth", tmp_path / "model_final.pth.part"
+    final, part = tmp_path / "model_final.pth", tmp_path / ".model_final.pth.part"
     whole = torch.load(final, weights_only=True)
     part.write_bytes(final.read_bytes()[:1000])
     final.unlink()
@@ -108,7 +108,8 @@ def test_checkpoints_are_whole_or_absent(tmp_path, monkeypatch):
     with pytest.raises(sge_det.UserError, match=r"second\.pth cannot be written, No space left on device: make room"):
         checkpointer.save("second")
     assert (tmp_path / "last_checkpoint").read_text() == "first.pth"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["first.pth", "last_checkpoint"]
+    names = ["first.pth", "first.pth.sha256.json", "last_checkpoint"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_evaluation_loads_what_training_wrote(tmp_path, sample_datasets):

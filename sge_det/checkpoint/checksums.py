@@ -1,0 +1,141 @@
+"""Checksums of weights: of the whole file, beside it, and of each tensor, in it."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..files import write_json
+
+# Of the table of tensors' checksums in a file.
+KEY = "sge_det_checksums"
+_LARGEST_SIDECAR = 1 << 16
+
+
+class Unreadable(UserError):
+    """A weights file that is not there, damaged, or refused."""
+
+
+def tensors_of(content: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in dicts and lists in each other, with their places, for instance "model/stem.conv1.weight".
+
+    A dict or list that stands at several places is walked once.
+    """
+    seen: set[int] = set()
+
+    def walk(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+        if isinstance(value, Tensor):
+            yield path, value
+        elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
+                yield from walk(part, f"{path}/{key}" if path else str(key))
+
+    return walk(content, "")
+
+
+def checksums(content: Any) -> dict[str, str]:
+    """The SHA-256 of the kind, shape and values of each tensor in ``content``, by its place."""
+    return {path: _checksum(tensor) for path, tensor in tensors_of(content)}
+
+
+def _checksum(tensor: Tensor) -> str:
+    values = tensor.detach().cpu().contiguous().reshape(-1)
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    digest.update(values.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_tensors(content: Any, path: Path) -> None:
+    """Takes the table of checksums out of what a file holds, if it has one, and compares.
+
+    Raises:
+        Unreadable: tensors are not what was written; names the first.
+    """
+    expected = content.pop(KEY, None) if isinstance(content, dict) else None
+    if expected is None:
+        return
+    found = checksums(content)
+    expected = expected if isinstance(expected, dict) else {}
+    wrong = [name for name in {**found, **expected} if found.get(name) != expected.get(name)]
+    if wrong:
+        raise Unreadable(
+            f"the weights {path} are damaged: {len(wrong)} of {len(found)} tensors are not what was written "
+            f"({str(wrong[0])[:100]!a} for instance)"
+        )
+
+
+def sidecar(path: Path) -> Path:
+    """The file that holds the checksum of a whole weights file."""
+    return path.with_name(f"{path.name}.sha256.json")
+
+
+def write_sidecar(path: Path, digest: str, size: int, **about: Any) -> None:
+    """Writes the checksum of a weights file beside it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    write_json(sidecar(path), {"file": path.name, "bytes": size, "sha256": digest, **about})
+
+
+def read_sidecar(path: Path) -> dict[str, Any] | None:
+    """What stands beside a weights file, or None.
+
+    Raises:
+        Unreadable: it is damaged.
+    """
+    place = sidecar(path)
+    if not place.is_file():
+        return None
+    try:
+        if place.stat().st_size > _LARGEST_SIDECAR:
+            raise ValueError("it is too long")
+        content = json.loads(place.read_text(encoding="utf-8"))
+        if not (isinstance(content["sha256"], str) and type(content["bytes"]) is int):
+            raise ValueError("it holds no checksum")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Unreadable(
+            f"the checksum {place} of these weights is damaged: remove it if you know that they are not"
+        ) from error
+    return content
+
+
+def check_file(path: Path) -> None:
+    """Compares a weights file with the checksum beside it, if there is one.
+
+    Raises:
+        Unreadable: they differ.
+    """
+    expected = read_sidecar(path)
+    if expected is None:
+        return
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        raise Unreadable(f"the weights {path} are damaged: {size} bytes where {expected['bytes']} were written")
+    if sha256(path) != expected["sha256"]:
+        raise Unreadable(
+            f"the weights {path} are damaged: their bytes are not those that were written (see {sidecar(path).name})"
+        )
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def first_not_finite(content: Any) -> str | None:
+    """The place of the first tensor in ``content`` that holds NaN or infinity."""
+    for path, tensor in tensors_of(content):
+        if (tensor.is_floating_point() or tensor.is_complex()) and not tensor.isfinite().all():
+            return path
+    return None

@@ -1,0 +1,22 @@
+"""Names from outside, in Markdown."""
+
+import re
+
+
+def escape(text: object) -> str:
+    """``text``, an arm's or a file's name for instance, so that Markdown shows it as it is: on one line, no effect.
+
+    What has a meaning in Markdown, in a row of a table or in the HTML that Markdown lets through becomes an entity or
+    is escaped; line ends and other characters that do not print become spaces.
+    """
+    line = "".join(char if char.isprintable() else " " for char in str(text))
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    line = re.sub(r"([\\`*_{}\[\]|~$^])", r"\\\1", line)
+    # a mention or a link needs no markup in many viewers
+    line = line.replace("@", "&#64;").replace("://", "&#58;//").replace("www.", "www&#46;")
+    # a heading, a list, or a rule at the beginning of a line
+    return re.sub(r"^(\s*)([#+=-]|\d+(?=[.)]))", lambda found: _harmless(*found.groups()), line)
+
+
+def _harmless(space: str, mark: str) -> str:
+    return f"{space}&#{ord(mark[0])};{mark[1:]}"

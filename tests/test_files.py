@@ -1,0 +1,172 @@
+import errno
+import fcntl
+import hashlib
+import os
+import threading
+
+import pytest
+
+from sge_det import files
+from sge_det.errors import UserError
+from sge_det.files import publish_folder, remove_file, replacing, write_file, write_json
+
+CALLS = ("open", "fsync", "replace")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls that matter to a disk, as they are made: (name, the file's or folder's name)."""
+    made, names = [], {}
+
+    def watch(name, describe):
+        real = getattr(os, name)
+
+        def call(*arguments, **keywords):
+            result = real(*arguments, **keywords)
+            made.append((name, describe(arguments, result)))
+            return result
+
+        monkeypatch.setattr(files.os, name, call)
+
+    def opened(arguments, descriptor):
+        names[descriptor] = os.path.basename(arguments[0])
+        return names[descriptor]
+
+    watch("open", opened)
+    watch("fsync", lambda arguments, _: names[arguments[0]])
+    watch("replace", lambda arguments, _: os.path.basename(arguments[1]))
+    return made
+
+
+def test_the_file_is_synced_before_it_has_its_name_and_the_folder_after(tmp_path, calls):
+    write_file(tmp_path / "a.txt", "content")
+    assert (tmp_path / "a.txt").read_text() == "content"
+    folder = tmp_path.name
+    assert calls == [
+        *[("open", ".a.txt.part"), ("fsync", ".a.txt.part"), ("replace", "a.txt")],
+        *[("open", folder), ("fsync", folder)],
+    ]
+
+
+def test_new_folders_are_synced_too(tmp_path, calls):
+    write_file(tmp_path / "new/inner/a.txt", b"content")
+    synced = [name for call, name in calls if call == "fsync"]
+    assert synced == [tmp_path.name, "new", ".a.txt.part", "inner"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS])
+@pytest.mark.parametrize("name", CALLS)
+def test_what_fails_on_the_way_keeps_what_was_there(tmp_path, monkeypatch, name, number):
+    path = tmp_path / "a.txt"
+    write_file(path, "old")
+    real = getattr(os, name)
+
+    def fail(*arguments, **keywords):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.os, name, fail)
+    with pytest.raises(UserError, match="is full" if number == errno.ENOSPC else r"a\.txt cannot be written"):
+        write_file(path, "new")
+    monkeypatch.setattr(files.os, name, real)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_of_the_disk_is_told_whatever_a_library_makes_of_it(tmp_path):
+    class Full:
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match="is full"), replacing(tmp_path / "a.pth") as part:
+        part._file.close()
+        part._file = Full()
+        try:
+            part.write(b"x")
+        except OSError:
+            raise RuntimeError("[enforce fail at inline_container.cc:626]") from None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_errors_are_passed_on_and_leave_nothing(tmp_path):
+    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "a") as part:
+        part.write(b"half")
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_checksum_is_of_what_was_written(tmp_path):
+    with replacing(tmp_path / "a") as part:
+        part.write(b"one")
+        part.write(memoryview(b"two"))
+    assert part.sha256.hexdigest() == hashlib.sha256(b"onetwo").hexdigest()
+    assert part.size == 6
+
+
+def test_what_a_killed_process_left_is_taken_over(tmp_path):
+    (tmp_path / ".a.txt.part").write_text("a longer text that was never finished")
+    write_file(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_writers_of_one_file_take_turns(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    contents = {str(i) * 100_000 for i in range(8)}
+    threads = [threading.Thread(target=write_file, args=(path, content)) for content in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert path.read_text() in contents
+    assert list(tmp_path.iterdir()) == [path]
+    # one that stands still is not waited for without end
+    monkeypatch.setattr(files, "_LONGEST_WAIT_SECONDS", 0.05)
+    with open(tmp_path / ".b.txt.part", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is writing it"):
+            write_file(tmp_path / "b.txt", "new")
+
+
+def test_a_link_in_the_part_s_place_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / ".a.part").symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_file(tmp_path / "a", "new")
+    assert (tmp_path / "precious").read_text() == "kept"
+
+
+def test_names_as_long_as_a_disk_allows(tmp_path):
+    path = tmp_path / ("ä" * 127)
+    write_file(path, "x")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_json_and_removal(tmp_path):
+    write_json(tmp_path / "a.json", {"a": float("nan"), "b": [1, (2.5,)]})
+    assert (tmp_path / "a.json").read_text() == '{\n "a": null,\n "b": [\n  1,\n  [\n   2.5\n  ]\n ]\n}\n'
+    remove_file(tmp_path / "a.json")
+    remove_file(tmp_path / "a.json")
+    remove_file(tmp_path / "no folder/a.json")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="folder cannot be removed"):
+        remove_file(tmp_path / "folder")
+
+
+def test_a_folder_has_its_name_once_all_in_it_is_on_the_disk(tmp_path, monkeypatch):
+    part = tmp_path / "part"
+    (part / "inner").mkdir(parents=True)
+    (part / "inner/a").write_text("a")
+    (part / "b").write_text("b")
+    synced = []
+    real = os.fsync
+
+    def sync(descriptor):
+        synced.append((os.readlink(f"/proc/self/fd/{descriptor}"), (tmp_path / "whole").exists()))
+        real(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", sync)
+    publish_folder(part, tmp_path / "whole")
+    before = {os.path.relpath(path, part) for path, renamed in synced if not renamed}
+    assert before == {".", "b", "inner", "inner/a"}
+    assert [path for path, renamed in synced if renamed] == [str(tmp_path)]
