@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..files import remove_file, replacing, write_file
-from .checksums import KEY, Unreadable, checksums, first_not_finite, read_sidecar, sidecar, write_sidecar
+from .checksums import Unreadable, checksums, first_not_finite, read_sidecar, sidecar, write_sidecar
 from .safe_load import load_checkpoint, load_file
 
 logger = logging.getLogger(__name__)
@@ -133,14 +133,14 @@ class Checkpointer(DetectionCheckpointer):
             data["metadata"] = self.metadata
         path = Path(self.save_dir, f"{name}.pth")
         self._check_finite(data, path)
-        data[KEY] = checksums(data)
         self.logger.info(f"Saving checkpoint to {path}")
         try:
             # a checksum of what is no longer there would make the file look damaged
             remove_file(sidecar(path))
             with replacing(path) as part:
                 torch.save(data, part)
-            write_sidecar(path, part.sha256.hexdigest(), part.size, iteration=kwargs.get("iteration"))
+            about = {"iteration": kwargs.get("iteration"), "tensors": checksums(data)}
+            write_sidecar(path, part.sha256.hexdigest(), part.size, **about)
             self.tag_last_checkpoint(path.name)
         except UserError as error:
             reason = getattr(error.__cause__, "strerror", None) or error

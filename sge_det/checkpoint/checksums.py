@@ -1,8 +1,8 @@
-"""Checksums of weights: of the whole file, beside it, and of each tensor, in it."""
+"""Checksums of weights: of a checkpoint and of its tensors, beside it; of the tensors of a safetensors file, in it."""
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import write_json
 
-# Of the table of tensors' checksums in a file.
+# Of the table of tensors' checksums in a safetensors file.
 KEY = "sge_det_checksums"
-_LARGEST_SIDECAR = 1 << 16
+_LARGEST_SIDECAR = 1 << 25
 
 
 class Unreadable(UserError):
@@ -51,23 +51,27 @@ def _checksum(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def check_tensors(content: Any, path: Path) -> None:
+def differing(content: Any, expected: Any) -> list[str]:
+    """The places of tensors that are not as a table of checksums says, or stand in one of the two alone."""
+    found = checksums(content)
+    expected = expected if isinstance(expected, dict) else {}
+    return [name for name in {**found, **expected} if found.get(name) != expected.get(name)]
+
+
+def check_tensors(content: dict[str, Any], path: Path) -> None:
     """Takes the table of checksums out of what a file holds, if it has one, and compares.
 
     Raises:
         Unreadable: tensors are not what was written; names the first.
     """
-    expected = content.pop(KEY, None) if isinstance(content, dict) else None
-    if expected is None:
-        return
-    found = checksums(content)
-    expected = expected if isinstance(expected, dict) else {}
-    wrong = [name for name in {**found, **expected} if found.get(name) != expected.get(name)]
+    expected = content.pop(KEY, None)
+    wrong = differing(content, expected) if expected is not None else []
     if wrong:
-        raise Unreadable(
-            f"the weights {path} are damaged: {len(wrong)} of {len(found)} tensors are not what was written "
-            f"({str(wrong[0])[:100]!a} for instance)"
-        )
+        raise Unreadable(f"the weights {path} are damaged: {_told(wrong)}")
+
+
+def _told(wrong: list[str]) -> str:
+    return f"{len(wrong)} tensors are not what was written ({str(wrong[0])[:100]!a} for instance)"
 
 
 def sidecar(path: Path) -> Path:
@@ -76,7 +80,7 @@ def sidecar(path: Path) -> Path:
 
 
 def write_sidecar(path: Path, digest: str, size: int, **about: Any) -> None:
-    """Writes the checksum of a weights file beside it.
+    """Writes the checksum of a weights file beside it, with what else ``about`` says of it.
 
     Raises:
         UserError: it cannot be written.
@@ -106,22 +110,31 @@ def read_sidecar(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def check_file(path: Path) -> None:
+def check_file(path: Path, load: Callable[[], Any]) -> None:
     """Compares a weights file with the checksum beside it, if there is one.
 
+    Args:
+        path: the weights file.
+        load: reads it in spite of checksums in it, to tell what is wrong with it.
+
     Raises:
-        Unreadable: they differ.
+        Unreadable: they differ; names tensors if it can.
     """
     expected = read_sidecar(path)
     if expected is None:
         return
-    size = path.stat().st_size
-    if size != expected["bytes"]:
-        raise Unreadable(f"the weights {path} are damaged: {size} bytes where {expected['bytes']} were written")
-    if sha256(path) != expected["sha256"]:
-        raise Unreadable(
-            f"the weights {path} are damaged: their bytes are not those that were written (see {sidecar(path).name})"
-        )
+    size, wanted = path.stat().st_size, expected["bytes"]
+    if size == wanted and sha256(path) == expected["sha256"]:
+        return
+    what = f"{size} bytes where {wanted} were written" if size != wanted else "bytes are not what was written"
+    try:
+        wrong = differing(load(), expected.get("tensors"))
+    except Exception:
+        wrong = []  # it cannot be read at all
+    raise Unreadable(
+        f"the weights {path} are damaged: {_told(wrong) if wrong else what}; if you have changed them yourself, remove "
+        f"{sidecar(path).name}"
+    )
 
 
 def sha256(path: str | Path) -> str:

@@ -43,10 +43,8 @@ def load_file(path: str | Path) -> Any:
     path = Path(path)
     size = _size(path)
     try:
-        check_file(path)
-        content = _load(path, size)
-        check_tensors(content, path)
-        return content
+        check_file(path, lambda: _load(path, size, verify=False))
+        return _load(path, size)
     except Unreadable:
         raise
     except Refused as error:
@@ -78,13 +76,15 @@ def _size(path: Path) -> int:
     return status.st_size
 
 
-def _load(path: Path, size: int) -> Any:
+def _load(path: Path, size: int, *, verify: bool = True) -> Any:
     with open(path, "rb") as file:
         if path.suffix == ".safetensors":
-            return _load_safetensors(Stream(file, size))
+            content = _load_safetensors(Stream(file, size))
+            check_tensors(content, path)
+            return content
         begin = file.read(len(ZIP_MAGIC))
         if begin == ZIP_MAGIC:
-            return load_zip(path)
+            return load_zip(file, size, verify=verify)
         file.seek(0)
         value, rest = load_pickle(file, size)
         if is_legacy(value):
@@ -194,13 +194,14 @@ def write_weights(path: str | Path, state: dict[str, Tensor], metadata: dict[str
     path = Path(path)
     check_output(path)
     extra = {"__author__": "sge_det", "matching_heuristics": by_suffix, "metadata": metadata}
-    extra[KEY] = checksums({"model": state})
     with replacing(path) as part:
         if path.suffix == ".safetensors":
             from safetensors.torch import save
 
             # no two tensors of the file may share memory
             tensors = {key: value.clone().contiguous() for key, value in state.items()}
+            # torch's files have a checksum of each tensor, these have none of their own
+            extra[KEY] = checksums({"model": state})
             part.write(save(tensors, {"format": "pt", "sge_det": json.dumps(extra)}))
         else:
             torch.save({"model": state, **extra}, part)

@@ -1,8 +1,9 @@
 """What ``torch.save`` writes, in both its formats, read without torch's unpickler."""
 
+import io
 import zipfile
+import zlib
 from collections import Counter
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from .pickles import Damaged, Stream, Unpickler
@@ -15,40 +16,79 @@ _LEGACY_VERSION = 1001
 _BUILDERS = ARRAYS | TENSORS
 
 
-def load_zip(path: Path) -> Any:
+class _Archive:
+    """The members of a zip file that are stored as they are.
+
+    Args:
+        file: the zip file.
+        size: its number of bytes.
+        verify: compare what is read with its checksum.
+    """
+
+    def __init__(self, file: BinaryIO, size: int, *, verify: bool):
+        self._file, self._size, self._verify = file, size, verify
+        with zipfile.ZipFile(file) as archive:
+            self.members = _members(archive, size)
+
+    def read(self, name: str) -> bytes:
+        """All of a member."""
+        content = bytearray(self.members[name].file_size)
+        self.fill(name, memoryview(content))
+        return bytes(content)
+
+    def fill(self, name: str, memory: memoryview) -> None:
+        """Reads a member into memory of its size."""
+        member = self.members[name]
+        self._file.seek(member.header_offset)
+        stream = Stream(self._file, self._size - member.header_offset)
+        header = stream.take(30)
+        if not header.startswith(ZIP_MAGIC):
+            raise Damaged(f"{name[:60]!a} is not where it should be in it")
+        # the name and what else stands before the content
+        stream.take(int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"))
+        stream.fill(memory)
+        if self._verify and zlib.crc32(memory) != member.CRC:
+            raise Damaged(f"the checksum of {name[:60]!a} in it is another")
+
+
+def load_zip(file: BinaryIO, size: int, *, verify: bool = True) -> Any:
     """Reads a file that ``torch.save`` has written since version 1.6.
 
+    Args:
+        file: the file.
+        size: its number of bytes.
+        verify: compare each part of it with its checksum.
+
     Raises:
-        Damaged, Refused: as :class:`.pickles.Unpickler`; what a checksum in it does not match is damaged.
+        Damaged, Refused: as :class:`.pickles.Unpickler`; what does not match its checksum is damaged.
     """
-    size = path.stat().st_size
-    with zipfile.ZipFile(path) as archive:
-        members = _members(archive, size)
-        root = _root(members)
-        order = members.get(f"{root}byteorder")
-        if order is not None and _content(archive, order, 100) != b"little":
-            raise Damaged("it was written on a machine with another byte order")
-        storages = Storages(size)
+    archive = _Archive(file, size, verify=verify)
+    root = _root(archive.members)
+    order = archive.members.get(f"{root}byteorder")
+    if order is not None and (order.file_size > 100 or archive.read(order.filename) != b"little"):
+        raise Damaged("it was written on a machine with another byte order")
+    storages = Storages(size)
 
-        def storage(reference: Any) -> Any:
-            if not isinstance(reference, tuple) or len(reference) != 5 or reference[0] not in ("storage", b"storage"):
-                raise Damaged("a storage in it has no kind and size")
-            _, kind, key, _, elements = reference
-            found, is_new = storages.add(key, kind, elements)
-            if is_new:
-                member = members.get(f"{root}data/{key}")
-                if member is None:
-                    raise Damaged(f"the storage {str(key)[:20]!a} is not in it")
-                _fill(archive, member, storages.bytes(found.key))
-            return found
+    def storage(reference: Any) -> Any:
+        if not isinstance(reference, tuple) or len(reference) != 5 or reference[0] not in ("storage", b"storage"):
+            raise Damaged("a storage in it has no kind and size")
+        _, kind, key, _, elements = reference
+        found, is_new = storages.add(key, kind, elements)
+        if is_new:
+            name, memory = f"{root}data/{found.key}", storages.bytes(found.key)
+            if name not in archive.members:
+                raise Damaged(f"the storage {found.key[:20]!a} is not in it")
+            if archive.members[name].file_size != len(memory):
+                raise Damaged(
+                    f"it claims a storage of {len(memory)} bytes where it has {archive.members[name].file_size}"
+                )
+            archive.fill(name, memoryview(memory))
+        return found
 
-        program = members[f"{root}data.pkl"]
-        with archive.open(program) as file:
-            value = Unpickler(Stream(file, program.file_size), _BUILDERS, TORCH_VALUES, storage).load()
-            while file.read(1 << 16):  # to its end, where its checksum is compared
-                pass
-        storages.check()
-        return value
+    program = archive.read(f"{root}data.pkl")
+    value = Unpickler(Stream(io.BytesIO(program), len(program)), _BUILDERS, TORCH_VALUES, storage).load()
+    storages.check()
+    return value
 
 
 def _members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
@@ -71,20 +111,6 @@ def _root(members: dict[str, zipfile.ZipInfo]) -> str:
     if f"{roots[0]}constants.pkl" in members:
         raise Damaged("it is a TorchScript program, not weights")
     return roots[0]
-
-
-def _content(archive: zipfile.ZipFile, member: zipfile.ZipInfo, longest: int) -> bytes:
-    if member.file_size > longest:
-        raise Damaged(f"{member.filename[:60]!a} in it is too long")
-    return archive.read(member)
-
-
-def _fill(archive: zipfile.ZipFile, member: zipfile.ZipInfo, memory: Any) -> None:
-    if member.file_size != len(memory):
-        raise Damaged(f"it claims a storage of {len(memory)} bytes where it has {member.file_size}")
-    with archive.open(member) as file:
-        Stream(file, member.file_size).fill(memoryview(memory))
-        file.read(1)  # at its end its checksum is compared
 
 
 def load_legacy(stream: Stream) -> Any:

@@ -25,7 +25,7 @@ class LossGuard:
 
     Args:
         model: returns a dict of losses in training.
-        limit: how many such steps are passed over.
+        limit: how many such steps are passed over, as if they had not been.
     """
 
     def __init__(self, model: nn.Module, limit: int):
@@ -33,6 +33,7 @@ class LossGuard:
         self.passed_over = 0
         self._images: list[str] = []
         self._voted = False
+        self._buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
         model.register_forward_pre_hook(self._begin)
         model.register_forward_hook(self._check)
 
@@ -40,6 +41,9 @@ class LossGuard:
         batch = arguments[0] if arguments else None
         self._images = [str(image.get("file_name")) for image in batch or () if isinstance(image, dict)]
         self._voted = False
+        if module.training and self.passed_over < self.limit:
+            # norms take the step's statistics into theirs before its loss is there
+            self._buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
 
     def _check(self, module: nn.Module, arguments: tuple, losses: Any) -> None:
         if not module.training or not isinstance(losses, dict | torch.Tensor):
@@ -82,6 +86,8 @@ class LossGuard:
                 error = voted
         if self.passed_over < self.limit:
             self.passed_over += 1
+            for buffer, before in self._buffers:
+                buffer.copy_(before)
             logger.warning(
                 f"the loss of iteration {iteration} is not finite ({error}): passed over, {self.passed_over} of the "
                 f"{self.limit} times that SOLVER.SKIP_NONFINITE allows"
