@@ -8,7 +8,7 @@ TEST_JOBS ?= 2
 # The folder is part of it, as an editable installation names it.
 STAMP := $(VENV)/.installed-$(shell (pwd; cat setup.py requirements/*) | cksum | cut -d ' ' -f 1)
 
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test fuzz lint bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -30,6 +30,9 @@ demo: install  ## make sample data, train a plain and an SGE detector on it, pri
 
 test: install  ## run the tests
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
+
+fuzz: install  ## read thousands of damaged and hostile weights files
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -W ignore tests/torture/fuzz_weights.py --mutated 2000 --crafted 500
 
 lint: install  ## check style and formatting
 	$(VENV)/bin/python -m ruff check .

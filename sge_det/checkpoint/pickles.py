@@ -22,6 +22,7 @@ _LONGEST_NUMBER = 255
 _MOST_STEPS = 5_000_000
 # Of what a refusal repeats.
 _LONGEST_NAME = 100
+_LONGEST_KEY = 500
 # Python hashes integers modulo 2**61 - 1: larger keys can be made to collide.
 _LARGEST_KEY = 1 << 60
 
@@ -173,8 +174,24 @@ def _check_key(key: Any) -> None:
     for part in parts:
         if type(part) in (int, float) and -_LARGEST_KEY < part < _LARGEST_KEY:
             continue
-        if type(part) not in (str, bytes, bool, type(None)):
+        if type(part) is str:
+            check_name(part)
+        elif type(part) not in (bytes, bool, type(None)):
             raise Damaged(f"a {type(part).__name__} is a key of a dict or in a set")
+
+
+def check_name(name: str) -> None:
+    """Checks a name from a file, which may stand in a sentence later.
+
+    Raises:
+        Damaged: it does not print on a line.
+    """
+    if len(name) > _LONGEST_KEY or not name.isprintable():
+        raise Damaged(f"the name {_shown(name)} in it is none that a tensor has")
+
+
+def _shown(name: str) -> str:
+    return (name if name.isprintable() else ascii(name))[:_LONGEST_NAME]
 
 
 def _set_item(target: dict, key: Any, value: Any) -> None:
@@ -241,7 +258,7 @@ class Unpickler:
         if key in self.values:
             return self.values[key]
         if key not in self.builders:
-            raise Refused((path if path.isprintable() else ascii(path))[:_LONGEST_NAME])
+            raise Refused(_shown(path))
         return Name(key, self.builders[key])
 
     def keep(self, place: int) -> None:
@@ -436,7 +453,7 @@ def _global(machine: Unpickler) -> Any:
 
 
 def _instance(machine: Unpickler) -> None:
-    raise Refused(".".join(machine.stream.line().decode("latin1") for _ in range(2)))
+    raise Refused(_shown(".".join(machine.stream.line().decode("latin1") for _ in range(2))))
 
 
 def _persistent(machine: Unpickler) -> Any:

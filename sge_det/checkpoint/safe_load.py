@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import replacing
 from .checksums import KEY, Unreadable, check_file, check_tensors, checksums
-from .pickles import Damaged, Refused, Stream
+from .pickles import Damaged, Refused, Stream, check_name
 from .tensors import DTYPES, check_booleans, count, fits
 from .torch_files import ZIP_MAGIC, is_legacy, load_legacy, load_pickle, load_zip
 
@@ -104,6 +104,7 @@ def _load_safetensors(stream: Stream) -> dict[str, Any]:
     metadata = header.pop("__metadata__", {})
     tensors, places = {}, {}
     for key, entry in header.items():
+        check_name(key)
         tensors[key], places[key] = _tensor_entry(entry)
     if not fits(list(places.values()), stream.left):
         raise Damaged("its tensors are not as long as its data")

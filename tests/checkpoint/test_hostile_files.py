@@ -122,6 +122,9 @@ HOSTILE = {
     "instance.pkl": (b"(ios\nsystem\n.", "refused: to read it would call os.system"),
     "extension.pkl": (b"\x80\x02\x82\x01.", "no pickle of weights"),
     "escape.pkl": (b"\x80\x02c\x1b[2J\nx\n.", r"call '\\x1b\[2J\.x'"),
+    "old_escape.pkl": (b"(i\x1b[2J\nx\n.", r"call '\\x1b\[2J\.x'"),
+    "key.pkl": (b"\x80\x02}" + text("a\x1b[2J\n") + b"Ns.", r"the name 'a\\x1b\[2J\\n' in it"),
+    "long_key.pkl": (b"\x80\x02}" + text("a" * 10_000) + b"Ns.", r"the name a{100} in it"),
     "storage.pth": (zipped(entry(tensor(HUGE + b"\x85", elements=HUGE))), "a storage of 40000000000000 bytes"),
     "beyond.pth": (zipped(entry(tensor(b"K\x05\x85"))), "beyond its storage of 16 bytes"),
     "offset.pth": (zipped(entry(tensor(b"K\x01\x85", offset=b"J\xff\xff\xff\xff"))), "whole numbers from 0"),
@@ -161,6 +164,7 @@ HOSTILE = {
     "header.safetensors": (struct.pack("<Q", 2**63) + b"{}", "no file of safetensors"),
     "nested.safetensors": (header(b'{"a":' + b"[" * 200_000), "cannot be read"),
     "twice.safetensors": (header(b'{"a": {}, "a": {}}'), "twice"),
+    "key.safetensors": (header({"\x1b[2J": {}}), r"the name '\\x1b\[2J' in it"),
     "list.safetensors": (header([]), "no table"),
     "metadata.safetensors": (header({"__metadata__": {"sge_det": "[]"}}), "no table"),
     "author.safetensors": (

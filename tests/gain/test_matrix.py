@@ -82,7 +82,7 @@ def test_what_a_run_leaves(finished):
         for file in ("config.yaml", "metrics.json", "log.txt", "result.json", "inference/coco_instances_results.json"):
             assert (folder / file).stat().st_size > 0, file
         assert (folder / "last_checkpoint").read_text() == "model_final.pth"
-        assert [path.name for path in folder.glob("*.pth*")] == ["model_final.pth"]
+        assert [path.name for path in folder.glob("*.pth")] == ["model_final.pth"]
         assert not list(folder.rglob("*.part"))
     gates = {name: json.loads((output / name / "result.json").read_text())["gates"] for name in RUNS}
     assert gates["plain/seed0"] == {}
@@ -126,7 +126,7 @@ def test_killed_at_random_and_run_again(finished, sample_datasets, tmp_path):
     assert trainings(output) >= 2
     made.execute(jobs=2)
     assert results(output) == results(finished[0])
-    assert [path.name for path in output.glob("*/*/*.pth*")] == ["model_final.pth"] * 2
+    assert [path.name for path in output.glob("*/*/*.pth")] == ["model_final.pth"] * 2
 
 
 def test_finished_runs_are_kept(finished, sample_datasets, capsys):
