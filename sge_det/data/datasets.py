@@ -65,6 +65,23 @@ def missing_images(images: Sequence[dict], image_root: str) -> list[str]:
     return [image["file_name"] for image in images if not Path(image_root, image["file_name"]).is_file()]
 
 
+def check_file_names(json_file: str, images: Sequence[Any]) -> None:
+    """Checks that COCO's ``images`` stay inside their folder: an annotation file may come from a stranger.
+
+    What is a link in that folder may lead anywhere, as its owner has made it.
+
+    Raises:
+        UserError: a file name is none, or one that leads out of the folder; names the first.
+    """
+    for image in images:
+        name = image.get("file_name", "") if isinstance(image, dict) else ""
+        if not isinstance(name, str) or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(
+                f"{json_file} names the image {str(name)[:100]!a}: file names must be relative to the image folder and "
+                "stay in it"
+            )
+
+
 def read_annotations(json_file: str) -> dict:
     """Reads COCO instance annotations.
 
@@ -77,7 +94,7 @@ def read_annotations(json_file: str) -> dict:
         raise UserError(f"there is no annotation file {json_file}") from error
     except OSError as error:
         raise UserError(f"the annotation file {json_file} cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{json_file} is not JSON: {error}") from error
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
@@ -85,6 +102,7 @@ def read_annotations(json_file: str) -> dict:
     for key in ("images", "categories"):
         if not content[key]:
             raise UserError(f"{json_file} has no {key}")
+    check_file_names(json_file, content["images"])
     return content
 
 

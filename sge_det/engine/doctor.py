@@ -23,7 +23,7 @@ from ..checkpoint.safe_load import load_file
 from ..checkpoint.sources import Recipe, Source, known_recipe, read_source
 from ..checkpoint.transplant import sge_builder
 from ..config import ATTENTIONS, STAGES, find_config, load_config, optimizer_name, sge_options
-from ..data.datasets import missing_images, use_datasets
+from ..data.datasets import check_file_names, missing_images, use_datasets
 from ..errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -309,6 +309,10 @@ def _dataset_faults(json_file: str, image_root: str, time: int, size: int) -> li
                 some = ", ".join(map(str, ids[:3])) + (", ..." if len(ids) > 3 else "")
                 problem, remedy = known[entry["code"]]
                 faults.append((severity, f"in {json_file} {problem} ({len(ids)}: ids {some})", remedy))
+    try:
+        check_file_names(json_file, images)
+    except UserError as error:
+        return [*faults, ("error", str(error), "")]
     missing = missing_images(images, image_root)
     if missing:
         problem = (

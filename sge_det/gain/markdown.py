@@ -15,8 +15,4 @@ def escape(text: object) -> str:
     # a mention or a link needs no markup in many viewers
     line = line.replace("@", "&#64;").replace("://", "&#58;//").replace("www.", "www&#46;")
     # a heading, a list, or a rule at the beginning of a line
-    return re.sub(r"^(\s*)([#+=-]|\d+(?=[.)]))", lambda found: _harmless(*found.groups()), line)
-
-
-def _harmless(space: str, mark: str) -> str:
-    return f"{space}&#{ord(mark[0])};{mark[1:]}"
+    return re.sub(r"^(\s*)([#+=-]|\d(?=\d*[.)](\s|$)))", lambda found: f"{found[1]}&#{ord(found[2])};", line)

@@ -217,3 +217,30 @@ def test_a_damaged_image_is_named(sample, tmp_path, workers):
     assert str(raised.value).startswith("the image ")
     assert content["images"][0]["file_name"] in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../secret.jpg", "a/../../secret.jpg", 5, None, "a\0.jpg", ["a.jpg"]])
+def test_file_names_stay_in_the_image_folder(sample, tmp_path, name):
+    content = json.loads((sample / "annotations/instances_val.json").read_text())
+    content["images"][1]["file_name"] = name
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    (tmp_path / "secret.jpg").write_bytes(b"")
+    with pytest.raises(sge_det.UserError, match="must be relative to the image folder and stay in it"):
+        register_dataset("outside", str(tmp_path / "a.json"), str(sample / "val"))
+
+
+def test_file_names_may_lead_over_links_and_folders(sample, tmp_path):
+    content = json.loads((sample / "annotations/instances_val.json").read_text())
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/linked").symlink_to(sample / "val")
+    for image in content["images"]:
+        image["file_name"] = f"linked/{image['file_name']}"
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    register_dataset("linked", str(tmp_path / "a.json"), str(tmp_path / "images"))
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"images": 1' + "0" * 5000 + "}", "\ud800", "nul"])
+def test_json_that_no_parser_takes_is_told(tmp_path, content):
+    (tmp_path / "a.json").write_text(content, encoding="utf-8", errors="surrogatepass")
+    with pytest.raises(sge_det.UserError, match="is not JSON"):
+        register_dataset("damaged", str(tmp_path / "a.json"), str(tmp_path))

@@ -1,0 +1,44 @@
+import html
+import re
+
+import pytest
+
+from sge_det.gain.markdown import escape
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "![x](javascript:alert(1))",
+    "[a](http://evil)",
+    "a|b",
+    "*a* _b_ `c` ~d~ $e$",
+    "# head",
+    "- item",
+    "1. item",
+    "2) item",
+    "===",
+    "+ item",
+    "&lt;b&gt;",
+    "a\nb\r\tc\x1b[2J\u202ed",
+    "\\",
+    "http://evil www.evil @someone",
+    "",
+    "sge-fixed",
+    "000000000013.jpg",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_names_stand_in_markdown_as_they_are(text):
+    escaped = escape(text)
+    assert escaped.isprintable()
+    # what a reader sees: backslashes before punctuation and entities undone, as Markdown does
+    shown = html.unescape(re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", escaped))
+    assert shown == "".join(char if char.isprintable() else " " for char in text)
+    bare = re.sub(r"\\[!-/:-@\[-`{-~]|&#?\w+;", "", escaped)
+    assert not re.search(r"[<>|*_`\[\]$~\\]|://|@|www\.", bare)
+    assert not re.match(r"\s*([#+=-]|\d+[.)](\s|$))", escaped)
+
+
+def test_usual_names_are_left_alone():
+    for name in ("plain", "sge-fixed", "000000000013.jpg", "a b (1).png", "50.5"):
+        assert escape(name) == name
