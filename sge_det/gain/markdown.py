@@ -13,6 +13,10 @@ def escape(text: object) -> str:
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     line = re.sub(r"([\\`*_{}\[\]|~$^])", r"\\\1", line)
     # a mention or a link needs no markup in many viewers
-    line = line.replace("@", "&#64;").replace("://", "&#58;//").replace("www.", "www&#46;")
-    # a heading, a list, or a rule at the beginning of a line
+    return line.replace("@", "&#64;").replace("://", "&#58;//").replace("www.", "www&#46;")
+
+
+def escape_line(text: object) -> str:
+    """As :func:`escape`, where ``text`` begins a line: as no heading, list or rule."""
+    line = escape(text)
     return re.sub(r"^(\s*)([#+=-]|\d(?=\d*[.)](\s|$)))", lambda found: f"{found[1]}&#{ord(found[2])};", line)

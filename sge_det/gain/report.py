@@ -14,6 +14,7 @@ from ..evaluation.coco import METRICS
 from ..files import write_file, write_json
 from . import plots
 from .gallery import SCORE, GalleryImage
+from .markdown import escape, escape_line
 from .statistics import TASK_NAMES, Measurement
 
 ABSENT = "absent"
@@ -44,12 +45,13 @@ class Table:
     rows: list[list[str]]
 
     def markdown(self) -> str:
-        lines = [self.header, *self.rows]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(self.header))]
+        header, *rows = ([escape(text) for text in line] for line in (self.header, *self.rows))
+        lines = [header, *rows]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
         rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
         padded = [
             [line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:]))]
-            for line in (self.header, rule, *self.rows)
+            for line in (header, rule, *rows)
         ]
         return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
@@ -92,15 +94,16 @@ def write_report(output: Path, measurement: Measurement, extras: Extras) -> None
 
 def markdown(report: dict) -> str:
     """The report in words and tables, as Markdown."""
-    parts = ["# Gain", *report["verdict"].split("\n"), _explanation(report)]
+    parts = ["# Gain", *map(escape_line, report["verdict"].split("\n")), escape_line(_explanation(report))]
     for task in report["tasks"]:
         parts += [f"## {TASK_NAMES[task].capitalize()} metrics", metric_table(report, task).markdown()]
     for name, by_seed in report["gates"].items():
-        parts += [f"## Gates of {name}", gate_table(by_seed).markdown()]
+        parts += [f"## Gates of {escape(name)}", gate_table(by_seed).markdown()]
     for name, by_seed in report["pointing"].items():
-        parts += [f"## Pointing game of {name}", _pointing_explanation(by_seed)]
+        parts += [f"## Pointing game of {escape(name)}", _pointing_explanation(by_seed)]
         parts += [table.markdown() for table in pointing_tables(by_seed)]
-    parts += ["## Made from", "\n".join(f"- {key}: {value}" for key, value in report.get("provenance", {}).items())]
+    made_from = report.get("provenance", {}).items()
+    parts += ["## Made from", "\n".join(f"- {escape(key)}: {escape(value)}" for key, value in made_from)]
     return "\n\n".join(parts) + "\n"
 
 

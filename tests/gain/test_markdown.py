@@ -3,7 +3,8 @@ import re
 
 import pytest
 
-from sge_det.gain.markdown import escape
+from sge_det.gain.markdown import escape, escape_line
+from sge_det.gain.report import Table
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -29,7 +30,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_names_stand_in_markdown_as_they_are(text):
-    escaped = escape(text)
+    escaped = escape_line(text)
     assert escaped.isprintable()
     # what a reader sees: backslashes before punctuation and entities undone, as Markdown does
     shown = html.unescape(re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", escaped))
@@ -41,4 +42,12 @@ def test_names_stand_in_markdown_as_they_are(text):
 
 def test_usual_names_are_left_alone():
     for name in ("plain", "sge-fixed", "000000000013.jpg", "a b (1).png", "50.5"):
-        assert escape(name) == name
+        assert escape(name) == escape_line(name) == name
+    assert escape("-0.5") == "-0.5"  # in a table's cell
+
+
+def test_the_report_escapes_what_it_is_given():
+    table = Table(["metric", "a|b", "<i>x</i>"], [["AP-*dog*", "-0.5", "1"]])
+    header, _, row = table.markdown().splitlines()
+    assert re.fullmatch(r"\| metric +\| a\\\|b \| &lt;i&gt;x&lt;/i&gt; \|", header)
+    assert re.fullmatch(r"\| AP-\\\*dog\\\* \| -0.5 \| +1 \|", row)

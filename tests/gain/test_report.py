@@ -1,18 +1,13 @@
 import base64
-import errno
 import io
 import json
-import os
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 from PIL import Image
 from pycocotools import mask as mask_utils
 
-from sge_det import UserError
-from sge_det.files import write_file, write_json
 from sge_det.gain import compare_results
 from sge_det.gain.report import pointing_tables
 
@@ -134,23 +129,6 @@ def test_markdown_has_every_metric(compared):
         assert sum(line.startswith(f"| {metric} ") for line in lines) == 2
     absent = [line for line in lines if "absent" in line and line.startswith("|")]
     assert absent == [line for line in lines if line.startswith("| APl")]
-
-
-def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
-    path = tmp_path / "report.json"
-    write_json(path, {"a": float("nan"), "b": [1.5, float("nan")]})
-    assert json.loads(path.read_text()) == {"a": None, "b": [1.5, None]}
-
-    def full(self, data):
-        with open(self, "wb") as file:
-            file.write(data[:3])
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(UserError, match=r"the disk that holds .*report.json is full"):
-        write_file(path, "something else")
-    assert json.loads(path.read_text()) == {"a": None, "b": [1.5, None]}
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_pointing_figures_are_means_over_the_seeds():
