@@ -102,11 +102,45 @@ def test_both_interval_by_its_parts(paired):
     parts = [variance / seeds for variance in of_seeds]
     assert interval.mean == pytest.approx((b - a).mean())
     assert interval.error == pytest.approx(math.sqrt(sum(parts) + of_images), rel=0.01)
-    dof = interval.error**4 / (sum(part**2 / (seeds - 1) for part in parts) + of_images**2 / (images - 1))
+    alone = seed_interval((b - a).mean(1)) if paired else welch_interval(a.mean(1), b.mean(1))
+    dof = interval.error**2 / (sum(parts) / alone.dof + of_images / (images - 1))
     assert interval.dof == pytest.approx(dof, rel=0.02)
     assert seeds - 1 < interval.dof < images
-    alone = seed_interval((b - a).mean(1)) if paired else welch_interval(a.mean(1), b.mean(1))
     assert interval.error > alone.error
+
+
+def test_both_is_never_narrower_than_seeds_alone():
+    """Three seeds that differ, on images that hardly do: more degrees of freedom would make up for the images."""
+    generator = np.random.default_rng(0)
+    shared = generator.normal(0, 0.4, 500)
+    a, b = np.array([40.0, 41.0, 42.0]), np.array([42.5, 42.0, 44.0])
+    samples = a[:, None] + 0 * shared, b[:, None] + shared
+    both = both_interval(a, b, *samples, 1000)
+    alone = seed_interval(b - a)
+    assert Interval(both.mean, both.error, both.dof).half_width < alone.half_width
+    for confidence in (0.8, 0.95, 0.99):
+        wide = both.at(confidence)
+        assert wide.half_width >= alone.at(confidence).half_width
+        # the p-value and the interval agree on zero
+        assert (wide.p < 1 - confidence) == (wide.low > 0)
+    assert both.p >= alone.p
+    assert both.equivalence_p(9) >= alone.equivalence_p(9)
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("of_images", [0.1, 1.0])
+def test_both_covers(seeds, of_images):
+    """Normal noise of known spreads, the hardest with few seeds and a little of the images."""
+    generator = np.random.default_rng(5)
+    covered, trials = 0, 3000
+    weights = generator.normal(0, 1, 200)
+    for _ in range(trials):
+        shift = generator.normal(0, math.sqrt(of_images / seeds))
+        values = generator.normal(shift, 1, seeds)
+        samples = np.tile(math.sqrt(of_images / seeds) * weights, (seeds, 1))
+        interval = both_interval(0 * values, values, 0 * samples, samples, 10_000)
+        covered += interval.low <= 0 <= interval.high
+    assert 0.94 <= covered / trials <= 0.975
 
 
 def test_both_interval_needs_both():
