@@ -7,6 +7,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from .errors import UserError
+from .layers.kernels import KERNELS
 
 STAGES = ("res2", "res3", "res4", "res5")
 ATTENTIONS = ("sge", "se", "eca", "cbam")
@@ -44,6 +45,9 @@ def _default_options() -> CfgNode:
     options.RESET = False
     # What stands in that place: "sge", or a rival from timm: "se", "eca", "cbam".
     options.ATTENTION = "sge"
+    # What computes SGE: "eager", "compile" (by torch.compile) or "triton" (GPUs). Where it cannot run a warning says so
+    # once and "eager" takes its place.
+    options.KERNEL = "eager"
     # Training logs the gates' statistics every so many iterations; 0 turns it off.
     options.LOG_PERIOD = 200
     return options
@@ -53,8 +57,8 @@ def sge_options(cfg: CfgNode) -> CfgNode:
     """``cfg.MODEL.SGE``, or its defaults in a config that never heard of it.
 
     Raises:
-        UserError: a stage or an attention that does not exist, an INIT that is not two numbers, or a WEIGHT_DECAY that
-            is no decay.
+        UserError: a stage, an attention or a kernel that does not exist, an INIT that is not two numbers, or a
+            WEIGHT_DECAY that is no decay.
     """
     options = cfg.MODEL.get("SGE", None) or _default_options()
     for stage in options.STAGES:
@@ -62,6 +66,8 @@ def sge_options(cfg: CfgNode) -> CfgNode:
             raise UserError(f"MODEL.SGE.STAGES names {stage!r}: the stages of a ResNet are {', '.join(STAGES)}")
     if options.ATTENTION not in ATTENTIONS:
         raise UserError(f"MODEL.SGE.ATTENTION {options.ATTENTION!r} is not one of {', '.join(ATTENTIONS)}")
+    if options.get("KERNEL", KERNELS[0]) not in KERNELS:
+        raise UserError(f"MODEL.SGE.KERNEL {options.KERNEL!r} is not one of {', '.join(KERNELS)}")
     if len(options.INIT) != 2 or not all(isinstance(value, int | float) for value in options.INIT):
         raise UserError(f"MODEL.SGE.INIT must be two numbers, weight and bias; got {options.INIT}")
     decay = options.get("WEIGHT_DECAY", None)

@@ -33,9 +33,9 @@ def textbook(x, weight, bias, groups, eps=1e-5, shortcut=None):
     return y if shortcut is None else F.relu(y + shortcut)
 
 
-def make_layer(groups=2, eps=1e-5, dtype=torch.float64, seed=0):
+def make_layer(groups=2, eps=1e-5, dtype=torch.float64, seed=0, kernel="eager"):
     generator = torch.Generator().manual_seed(seed)
-    layer = SpatialGroupEnhance(groups, eps).to(dtype)
+    layer = SpatialGroupEnhance(groups, eps, kernel).to(dtype)
     with torch.no_grad():
         layer.weight.copy_(torch.randn(1, groups, 1, 1, generator=generator))
         layer.bias.copy_(torch.randn(1, groups, 1, 1, generator=generator))

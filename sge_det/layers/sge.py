@@ -9,7 +9,7 @@ Per sample and group, with the c channels of a group as the vector x_i at positi
     y_i = x_i * sigmoid(a_i)                  eq. 5
 
 mean(s) is g . g, so no pass over the similarities is spent on it. Ordinary calls go through a kernel with an analytic
-gradient (``sge_eager.py``). Whatever must see operators one by one, or differentiates more than once, gets the plain
+gradient (``kernels.py``). Whatever must see operators one by one, or differentiates more than once, gets the plain
 ones of ``formula.py``.
 """
 
@@ -19,7 +19,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
-from . import formula, sge_eager
+from . import formula, kernels
 
 
 class SpatialGroupEnhance(nn.Module):
@@ -31,6 +31,8 @@ class SpatialGroupEnhance(nn.Module):
     Args:
         groups: number of channel groups G; the input's channels must be a multiple of it.
         eps: added to the standard deviation, outside the root.
+        kernel: what computes ordinary calls, see ``kernels.py``: "eager", "compile" or "triton". Where one cannot run
+            a warning says so once and "eager" takes its place.
 
     Attributes:
         weight: gamma of eq. 4, shape (1, G, 1, 1), starts at 0.
@@ -41,10 +43,13 @@ class SpatialGroupEnhance(nn.Module):
 
     observers: tuple = ()
 
-    def __init__(self, groups: int = 64, eps: float = 1e-5):
+    def __init__(self, groups: int = 64, eps: float = 1e-5, kernel: str = "eager"):
         super().__init__()
         if groups < 1:
             raise ValueError(f"groups must be at least 1, got {groups}")
+        if kernel not in kernels.KERNELS:
+            raise ValueError(f"the kernel {kernel!r} is not one of {', '.join(kernels.KERNELS)}")
+        self.kernel = kernel
         self.groups = groups
         self.eps = eps
         self.weight = nn.Parameter(torch.zeros(1, groups, 1, 1))
@@ -123,42 +128,42 @@ class SpatialGroupEnhance(nn.Module):
         if shortcut is not None:
             shortcut = _laid_out_like(shortcut, x)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return _Enhance.apply(x, shortcut, weight, bias, eps)
-        return sge_eager.forward(x, shortcut, weight, bias, eps, inplace)[0]
+            return _Enhance.apply(x, shortcut, weight, bias, eps, self.kernel)
+        return kernels.forward(self.kernel, x, shortcut, weight, bias, eps, inplace)[0]
 
 
 class _Enhance(torch.autograd.Function):
     """The layer with its analytic gradient; keeps x, the output where there is a ReLU, and O(N * C) numbers."""
 
     @staticmethod
-    def forward(ctx, x, shortcut, weight, bias, eps):
-        out, rows = sge_eager.forward(x, shortcut, weight, bias, eps, False)
+    def forward(ctx, x, shortcut, weight, bias, eps, kernel):
+        out, kept, kernel = kernels.forward(kernel, x, shortcut, weight, bias, eps, False)
         mask = None if shortcut is None else out
         if any(ctx.needs_input_grad[i] for i in (0, 2, 3)):
-            ctx.save_for_backward(x, mask, weight, bias, *rows)
+            ctx.save_for_backward(x, mask, weight, bias, *kept)
         else:
             ctx.save_for_backward(None, mask, None, None)
-        ctx.eps = eps
+        ctx.eps, ctx.kernel = eps, kernel
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        x, out, weight, bias, *rows = ctx.saved_tensors
-        needs_x, needs_shortcut, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        x, out, weight, bias, *kept = ctx.saved_tensors
+        needs_x, needs_shortcut, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         if x is None:
-            return None, torch.ops.aten.threshold_backward(grad, out, 0), None, None, None
+            return None, torch.ops.aten.threshold_backward(grad, out, 0), None, None, None, None
         # Gradients are recorded here where this gradient is to be differentiated in its turn.
         if torch.is_grad_enabled() or _must_see_operators(grad):
             if out is not None:
                 grad = torch.ops.aten.threshold_backward(grad, out, 0)
             found = _plain_gradients(ctx, x, weight, bias, grad)
-            return found[0], grad if needs_shortcut else None, found[1], found[2], None
-        grad_x, grad_shortcut, grad_gamma, grad_beta = sge_eager.backward(
-            x, _laid_out_like(grad, x), out, rows, weight.numel(), (needs_x, needs_shortcut)
+            return found[0], grad if needs_shortcut else None, found[1], found[2], None, None
+        grad_x, grad_shortcut, grad_weight, grad_bias = kernels.backward(
+            ctx.kernel, x, _laid_out_like(grad, x), out, kept, weight, bias, ctx.eps, (needs_x, needs_shortcut)
         )
-        grad_weight = grad_gamma.sum(0).view(weight.shape).to(weight.dtype) if needs_weight else None
-        grad_bias = grad_beta.sum(0).view(bias.shape).to(bias.dtype) if needs_bias else None
-        return grad_x, grad_shortcut, grad_weight, grad_bias, None
+        grad_weight = grad_weight.to(weight.dtype) if needs_weight else None
+        grad_bias = grad_bias.to(bias.dtype) if needs_bias else None
+        return grad_x, grad_shortcut, grad_weight, grad_bias, None, None
 
 
 def _plain_gradients(ctx, x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> list[Tensor | None]:

@@ -12,6 +12,8 @@ from torch import Tensor
 # Bytes of activation that one round of passes covers on the CPU. A block, its shortcut and its output should fit the
 # last-level cache; smaller blocks lose more to the cost of calling operators.
 _BLOCK_BYTES = 8 << 20
+# Up to here all is one block: the calls of operators take longer than what they do.
+_SMALL_BYTES = 1 << 20
 
 
 def forward(
@@ -32,29 +34,36 @@ def forward(
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     out = x if inplace else torch.empty_like(x)
     gamma, beta = (p.to(compute).expand(x.shape[0], -1, -1, -1).reshape(-1, 1, 1) for p in (weight, bias))
-    blocks = _blocks(weight.numel(), x, shortcut, out, gamma, beta)
-    return out, (*_cat([_block_forward(*block, eps) for block in blocks]), gamma, beta)
+    parts = _blocks(weight.numel(), x, shortcut, out, gamma, beta)
+    return out, (*_joined([_block_forward(*block, eps) for block in parts]), gamma, beta)
 
 
 def backward(
-    x: Tensor, grad: Tensor, out: Tensor | None, rows: tuple[Tensor, ...], groups: int, needs: tuple[bool, bool]
+    x: Tensor,
+    grad: Tensor,
+    out: Tensor | None,
+    kept: tuple[Tensor, ...],
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
     """The gradients of :func:`forward`.
 
     Args:
-        x, rows: of the forward pass.
+        x, weight, bias, eps: of the forward pass.
         grad: of the result; same strides as ``x``.
         out: the result where it went through the ReLU, else None.
-        groups: G.
+        kept: what the forward pass returned for this.
         needs: whether the gradients of x and of the shortcut are wanted.
 
     Returns:
-        the gradients of x and of the shortcut, or None; those of gamma and beta for each sample, (N, G).
+        the gradients of x and of the shortcut, or None; those of weight and bias in the dtype of the computation.
     """
     grad_x, grad_shortcut = (torch.empty_like(x) if need else None for need in needs)
-    blocks = _blocks(groups, x, grad, out, grad_x, grad_shortcut, *rows)
-    grad_gamma, grad_beta = _cat([_block_backward(*block) for block in blocks])
-    return grad_x, grad_shortcut, grad_gamma.view(-1, groups), grad_beta.view(-1, groups)
+    parts = _blocks(weight.numel(), x, grad, out, grad_x, grad_shortcut, *kept)
+    sums = _joined([_block_backward(*block) for block in parts])
+    return grad_x, grad_shortcut, *(rows.view(-1, *weight.shape[1:]).sum(0, keepdim=True) for rows in sums)
 
 
 def _block_forward(
@@ -140,6 +149,7 @@ def _blocks(groups: int, *tensors: Tensor | None) -> list[tuple[Tensor | None, .
     """Cuts tensors into blocks of the N * G rows, a row being one group of one sample.
 
     Args:
+        groups: G.
         tensors: the first is (N, C, H, W) and dense in either memory format, the others are the same in shape and
             strides, or (N * G, ..., ...), or None.
 
@@ -153,7 +163,7 @@ def _blocks(groups: int, *tensors: Tensor | None) -> list[tuple[Tensor | None, .
     rows = samples * groups if contiguous else groups
     shape = (rows, channels // groups, height * width)
     step = rows
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" and x.numel() * x.element_size() > _SMALL_BYTES:
         fitting = _BLOCK_BYTES // max(x.element_size() * shape[1] * shape[2], 1)
         # A block's gate map, 1 / shape[1] of it, should stay below a tenth of the activation.
         step = max(min(fitting, rows * shape[1] // 12), 1)
@@ -172,6 +182,6 @@ def _blocks(groups: int, *tensors: Tensor | None) -> list[tuple[Tensor | None, .
     return list(zip(*map(cut, tensors), strict=False))
 
 
-def _cat(blocks: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+def _joined(results: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """Joins what the blocks returned."""
-    return blocks[0] if len(blocks) == 1 else tuple(map(torch.cat, zip(*blocks, strict=True)))
+    return results[0] if len(results) == 1 else tuple(map(torch.cat, zip(*results, strict=True)))

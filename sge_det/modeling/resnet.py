@@ -117,7 +117,7 @@ def build_attention(cfg: CfgNode, stage: str, channels: int) -> Attention | None
         )
 
     def build(channels: int) -> SpatialGroupEnhance:
-        layer = SpatialGroupEnhance(options.GROUPS)
+        layer = SpatialGroupEnhance(options.GROUPS, kernel=options.get("KERNEL", "eager"))
         start_sge(layer, options.INIT)
         return layer
 

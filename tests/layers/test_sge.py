@@ -10,15 +10,38 @@ from sge_formula import LAYOUTS, laid_out, make_layer, numpy_parameters, random,
 
 import sge_det.layers.sge_eager
 from sge_det.config import add_sge_config
+from sge_det.layers import sge_compiled
 from sge_det.layers.sge import SpatialGroupEnhance
 from sge_det.modeling.resnet import build_sge_resnet_backbone
 
 
-@pytest.fixture(params=["eager", "one row a block", "plain"])
+class Unalterable(set):
+    """Fails a test in which a kernel gives up."""
+
+    def add(self, kernel):
+        raise
+
+
+def uncompiled(monkeypatch):
+    for name in ("_forward", "_backward"):
+        monkeypatch.setattr(sge_compiled, f"_compiled{name}", getattr(sge_compiled, name))
+
+
+@pytest.fixture(params=["eager", "one row a block", "compile", "plain"])
 def path(request, monkeypatch):
-    """The eager path with blocks as they come and as small as they can be, and the path that compilers see."""
+    """The ways of an ordinary call, and the operators that compilers see.
+
+    The eager kernel with blocks as they come and as small as they can be; what the kernel "compile" compiles, run as it
+    is, which takes no compiler.
+    """
     if request.param == "one row a block":
         monkeypatch.setattr(sge_det.layers.sge_eager, "_BLOCK_BYTES", 1)
+        monkeypatch.setattr(sge_det.layers.sge_eager, "_SMALL_BYTES", 0)
+    if request.param == "compile":
+        uncompiled(monkeypatch)
+        forward = sge_det.layers.kernels.forward
+        monkeypatch.setattr(sge_det.layers.kernels, "forward", lambda _, *args: forward("compile", *args))
+        monkeypatch.setattr(sge_det.layers.kernels, "_given_up", Unalterable())
     if request.param == "plain":
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     return request.param

@@ -1,0 +1,72 @@
+"""Which implementation of the layer's forward pass and gradient a call gets, and what happens where one cannot run.
+
+A kernel is a module with ``forward`` and ``backward`` as in ``sge_eager.py``, which is the one that runs everywhere.
+"""
+
+import importlib
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import sge_eager
+
+_MODULES = {"eager": "sge_eager", "compile": "sge_compiled", "triton": "sge_triton"}
+KERNELS = tuple(_MODULES)
+# Kernels that could not run; it is told once, and the eager one has taken their place since.
+_given_up: set[str] = set()
+
+
+def forward(
+    kernel: str,
+    x: Tensor,
+    shortcut: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    inplace: bool,
+) -> tuple[Tensor, tuple[Tensor, ...], str]:
+    """The result, what the gradient needs of it, and the name of the kernel that ran; see :func:`sge_eager.forward`."""
+    arguments = (x, shortcut, weight, bias, eps, inplace)
+    result = _attempt(kernel, lambda module: module.forward(*arguments))
+    return (*sge_eager.forward(*arguments), "eager") if result is None else (*result, kernel)
+
+
+def backward(
+    kernel: str,
+    x: Tensor,
+    grad: Tensor,
+    out: Tensor | None,
+    kept: tuple[Tensor, ...],
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    """The gradients of :func:`forward` by the kernel that ran; see :func:`sge_eager.backward`."""
+    result = _attempt(kernel, lambda module: module.backward(x, grad, out, kept, weight, bias, eps, needs))
+    if result is not None:
+        return result
+    if kernel != "eager":
+        kept = sge_eager.forward(x, None, weight, bias, eps, False)[1]
+    return sge_eager.backward(x, grad, out, kept, weight, bias, eps, needs)
+
+
+def _attempt(kernel: str, call: Callable[[ModuleType], tuple]) -> tuple | None:
+    """What ``call`` returns for the kernel's module; None where the eager kernel has to do it."""
+    if kernel == "eager" or kernel in _given_up:
+        return None
+    try:
+        return call(importlib.import_module(f".{_MODULES[kernel]}", __package__))
+    except torch.OutOfMemoryError:
+        raise
+    # Compilers fail in ways of their own: no C++ compiler, a device or a Python that they do not know.
+    except Exception as error:
+        _given_up.add(kernel)
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        warnings.warn(
+            f"SGE's {kernel!r} kernel cannot run here and 'eager' takes its place ({reason})", RuntimeWarning, 2
+        )
+        return None
