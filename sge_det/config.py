@@ -1,16 +1,17 @@
 """The ``MODEL.SGE`` keys, and the configs that travel with the package."""
 
 import difflib
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from .errors import UserError
+from .layers.attention import ATTENTIONS, SGE
 from .layers.kernels import KERNELS
 
 STAGES = ("res2", "res3", "res4", "res5")
-ATTENTIONS = ("sge", "se", "eca", "cbam")
 OPTIMIZERS = ("SGD", "ADAMW")
 
 # In a wheel the configs lie in the package, in a checkout beside it.
@@ -44,7 +45,7 @@ def _default_options() -> CfgNode:
     # Training starts from INIT even where MODEL.WEIGHTS holds SGE parameters.
     options.RESET = False
     # What stands in that place: "sge", or a rival from timm: "se", "eca", "cbam".
-    options.ATTENTION = "sge"
+    options.ATTENTION = SGE
     # What computes SGE: "eager", "compile" (by torch.compile) or "triton" (GPUs). Where it cannot run a warning says so
     # once and "eager" takes its place.
     options.KERNEL = "eager"
@@ -53,27 +54,60 @@ def _default_options() -> CfgNode:
     return options
 
 
-def sge_options(cfg: CfgNode) -> CfgNode:
-    """``cfg.MODEL.SGE``, or its defaults in a config that never heard of it.
+@dataclass(frozen=True)
+class SGEOptions:
+    """The keys of ``MODEL.SGE``, checked; each attribute is the key of that name in capitals."""
+
+    enabled: bool
+    groups: int
+    stages: tuple[str, ...]
+    lr_factor: float
+    weight_decay: float | None
+    init: tuple[float, float]
+    reset: bool
+    attention: str
+    kernel: str
+    log_period: int
+
+    @property
+    def is_sge(self) -> bool:
+        """Whether SGE itself is asked for, no rival and no plain twin."""
+        return self.enabled and self.attention == SGE
+
+
+def sge_options(cfg: CfgNode) -> SGEOptions:
+    """``cfg.MODEL.SGE``, checked; its defaults in a config that never heard of it.
 
     Raises:
         UserError: a stage, an attention or a kernel that does not exist, an INIT that is not two numbers, or a
             WEIGHT_DECAY that is no decay.
     """
-    options = cfg.MODEL.get("SGE", None) or _default_options()
-    for stage in options.STAGES:
+    options = {**_default_options(), **(cfg.MODEL.get("SGE", None) or {})}
+    for stage in options["STAGES"]:
         if stage not in STAGES:
             raise UserError(f"MODEL.SGE.STAGES names {stage!r}: the stages of a ResNet are {', '.join(STAGES)}")
-    if options.ATTENTION not in ATTENTIONS:
-        raise UserError(f"MODEL.SGE.ATTENTION {options.ATTENTION!r} is not one of {', '.join(ATTENTIONS)}")
-    if options.get("KERNEL", KERNELS[0]) not in KERNELS:
-        raise UserError(f"MODEL.SGE.KERNEL {options.KERNEL!r} is not one of {', '.join(KERNELS)}")
-    if len(options.INIT) != 2 or not all(isinstance(value, int | float) for value in options.INIT):
-        raise UserError(f"MODEL.SGE.INIT must be two numbers, weight and bias; got {options.INIT}")
-    decay = options.get("WEIGHT_DECAY", None)
+    if options["ATTENTION"] not in ATTENTIONS:
+        raise UserError(f"MODEL.SGE.ATTENTION {options['ATTENTION']!r} is not one of {', '.join(ATTENTIONS)}")
+    if options["KERNEL"] not in KERNELS:
+        raise UserError(f"MODEL.SGE.KERNEL {options['KERNEL']!r} is not one of {', '.join(KERNELS)}")
+    init = options["INIT"]
+    if len(init) != 2 or not all(isinstance(value, int | float) for value in init):
+        raise UserError(f"MODEL.SGE.INIT must be two numbers, weight and bias; got {init}")
+    decay = options["WEIGHT_DECAY"]
     if decay is not None and not (isinstance(decay, int | float) and decay >= 0):
         raise UserError(f"MODEL.SGE.WEIGHT_DECAY must be a number of at least 0, or None; got {decay!r}")
-    return options
+    return SGEOptions(
+        enabled=options["ENABLED"],
+        groups=options["GROUPS"],
+        stages=tuple(options["STAGES"]),
+        lr_factor=options["LR_FACTOR"],
+        weight_decay=decay,
+        init=tuple(init),
+        reset=options["RESET"],
+        attention=options["ATTENTION"],
+        kernel=options["KERNEL"],
+        log_period=options["LOG_PERIOD"],
+    )
 
 
 def optimizer_name(cfg: CfgNode) -> str:

@@ -31,7 +31,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     optimizer = build_plain_optimizer(cfg, model) if optimizer_name(cfg) == "SGD" else _build_adamw(cfg, model)
     if whole:
         clip_whole_gradient(optimizer, clip.CLIP_VALUE, clip.NORM_TYPE)
-    scale_sge_lr(optimizer, model, options.LR_FACTOR, options.WEIGHT_DECAY)
+    scale_sge_lr(optimizer, model, options.lr_factor, options.weight_decay)
     return optimizer
 
 

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import torch
 from torch import nn
 from torchvision.models import resnet
@@ -97,3 +98,20 @@ def torchvision_names(state):
         name = name.replace(".shortcut.norm.", ".downsample.1.").replace(".shortcut.", ".downsample.0.")
         renamed[name] = value
     return renamed
+
+
+def gates_by_formula(x, gamma, beta, groups, eps=1e-5):
+    """Equations 1 to 5 in float64 NumPy, sample by sample and group by group."""
+    samples, channels, height, width = x.shape
+    size = channels // groups
+    gates = np.empty((samples, groups, height, width))
+    for n in range(samples):
+        for group in range(groups):
+            vectors = x[n, group * size : (group + 1) * size].reshape(size, -1).T.astype(np.float64)
+            mean = vectors.sum(0) / len(vectors)
+            similarity = np.array([vector @ mean for vector in vectors])
+            spread = np.sqrt(((similarity - similarity.mean()) ** 2).sum() / (len(vectors) - 1))
+            normalised = (similarity - similarity.mean()) / (spread + eps)
+            gate = 1 / (1 + np.exp(-(gamma[group] * normalised + beta[group])))
+            gates[n, group] = gate.reshape(height, width)
+    return gates

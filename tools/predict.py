@@ -10,7 +10,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from sge_det.analysis.predict import find_files, predict, report_faults, setup_prediction, split_input
+from sge_det.analysis.inputs import find_files, report_faults, split_input
+from sge_det.analysis.predict import predict
+from sge_det.analysis.predictor import setup_prediction
 from sge_det.engine.training import add_dataset_option
 from sge_det.errors import user_errors
 

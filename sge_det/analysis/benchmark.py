@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ..config import sge_options
 from ..errors import UserError
+from ..layers.attention import ATTENTIONS, SGE, build_rival
 from ..layers.sge import SpatialGroupEnhance
 
 # The outputs of R-50's four stages for two images of 400x608 and for one of 800x1216.
@@ -90,10 +91,9 @@ def timm_attention(kind: str, channels: int) -> nn.Module:
         UserError: timm is not installed.
     """
     try:
-        from timm.layers import create_attn
+        return build_rival(kind, channels)
     except ImportError as error:
         raise UserError("the rivals come from timm, which is missing: pip install timm") from error
-    return create_attn(kind, channels)
 
 
 def contestants(channels: int) -> dict[str, tuple[nn.Module | None, Tail]]:
@@ -112,7 +112,7 @@ def contestants(channels: int) -> dict[str, tuple[nn.Module | None, Tail]]:
         TEXTBOOK: (textbook, lambda x, shortcut: F.relu(textbook(x) + shortcut)),
         LAYER: in_place_of_sge(layer),
         TAIL: (layer, lambda x, shortcut: layer.residual(x, shortcut, inplace=True)),
-        **{f"timm {kind}": in_place_of_sge(timm_attention(kind, channels)) for kind in ("se", "eca", "cbam")},
+        **{f"timm {kind}": in_place_of_sge(timm_attention(kind, channels)) for kind in ATTENTIONS if kind != SGE},
     }
 
 
@@ -320,7 +320,7 @@ def benchmark_model(cfg: CfgNode, rounds: int, images: int, size: tuple[int, int
     Raises:
         UserError: ``cfg`` is the plain detector itself.
     """
-    if not sge_options(cfg).ENABLED:
+    if not sge_options(cfg).enabled:
         raise UserError("MODEL.SGE.ENABLED is False: give the config with SGE, the plain twin is made from it")
     device = torch.device(cfg.MODEL.DEVICE)
     kept = device.type == "cpu" and keep_memory(2**30)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..config import STAGES, sge_options
 from ..engine.training import build_seeded_model, plain_twin
 from ..errors import UserError
+from ..layers.attention import SGE
 from ..layers.sge import SpatialGroupEnhance
 from ..modeling.gates import sge_layers
 from ..modeling.resnet import build_sge_resnet_backbone
@@ -118,7 +119,7 @@ def analyze(cfg: CfgNode, height: int = 800, width: int = 1333) -> Analysis:
     # A mask head gets the best boxes of all classes: suppression that leaves few is quick, and leaves enough.
     cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST = 0.0
     model = _without_weights(cfg)
-    if not sge_options(cfg).ENABLED or _same_as(model, twin := _without_weights(plain_twin(cfg))):
+    if not sge_options(cfg).enabled or _same_as(model, twin := _without_weights(plain_twin(cfg))):
         raise UserError("the model has no attention, so it is its own plain twin: set MODEL.SGE.ENABLED to True")
     image = [{"image": torch.rand(3, height, width, generator=torch.Generator().manual_seed(0)) * 255}]
     ours, plain = _costs(model, image), _costs(twin, image)
@@ -298,7 +299,7 @@ def _is_in_paper(cfg: CfgNode) -> bool:
         resnets.DEPTH in _PAPER
         and widths == (1, 64, 64, 256)
         and resnets.RES5_DILATION == 1
-        and (options.ATTENTION, options.GROUPS, tuple(options.STAGES)) == ("sge", 64, STAGES)
+        and (options.attention, options.groups, options.stages) == (SGE, 64, STAGES)
     )
 
 

@@ -12,10 +12,11 @@ from tqdm import tqdm
 from ..checkpoint.checkpointer import check_weights_exist
 from ..data.loader import build_test_loader
 from ..errors import UserError
-from ..files import write_file, write_json
+from ..files import make_folder, write_file, write_json
 from ..modeling.gates import blocks, choose_groups, find_layer, gate_statistics, required_layers, sge_layers
 from .figures import Block, View, attention_figure, blocks_figure
-from .predict import Predictor, Unreadable, categories, common_folder, is_video, make_folder, with_confidence
+from .inputs import common_folder, is_video
+from .predictor import Predictor, Unreadable, categories, with_confidence
 
 BLOCKS_FIGURE, BLOCKS_FILE = "blocks.png", "blocks.json"
 
@@ -34,7 +35,7 @@ def visualize_images(
     """Writes a figure of an SGE layer for each image into ``output``: see :func:`.figures.attention_figure`.
 
     Args:
-        cfg: from :func:`.predict.setup_prediction`.
+        cfg: from :func:`.predictor.setup_prediction`.
         files: images.
         output: a folder.
         stage, block: of the layer, as in :func:`.modeling.gates.find_layer`.

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..files import remove_file, replacing, write_file
+from ..layers.attention import is_sge_key
 from .checksums import Unreadable, checksums, first_not_finite, read_sidecar, sidecar, write_sidecar
 from .safe_load import load_checkpoint, load_file
 
@@ -269,8 +270,8 @@ class Checkpointer(DetectionCheckpointer):
         ]
         whole = self.whole_model or self._resuming
         unfilled = {*incompatible.missing_keys, *(entry[0] for entry in incompatible.incorrect_shapes)}
-        attention = [key for key in unfilled if ".sge." in key]
-        required = wanted if whole else [key for key in wanted if ".bottom_up." in key and ".sge." not in key]
+        attention = [key for key in unfilled if is_sge_key(key)]
+        required = wanted if whole else [key for key in wanted if ".bottom_up." in key and not is_sge_key(key)]
         lacking = [key for key in required if key in unfilled]
         if lacking:
             wrong_shape = {entry[0]: entry[1:] for entry in incompatible.incorrect_shapes}

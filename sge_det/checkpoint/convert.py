@@ -12,6 +12,7 @@ from detectron2.modeling import build_model
 from torch import Tensor
 
 from ..errors import UserError
+from ..layers.attention import is_sge_key
 from .mapping import Renamed, resnet_shape, to_detectron2
 from .safe_load import check_output, write_weights
 from .sources import Source, read_source
@@ -182,7 +183,7 @@ def convert_file(source: str, output: str, *, cfg: CfgNode | None = None, change
 
 def _check_backbone(fit: Coverage, source: str) -> None:
     lacking = [key for key in fit.unfilled if in_backbone(key)]
-    plain = [key for key in lacking if ".sge." in key and key in fit.missing]
+    plain = [key for key in lacking if is_sge_key(key) and key in fit.missing]
     if plain and len(plain) == len(lacking):
         raise UserError(
             f"{source} has no SGE but the model of the config has: convert it with --transplant, or set "

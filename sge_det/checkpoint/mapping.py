@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..config import STAGES
 from ..errors import UserError
+from ..layers.attention import SGE, is_sge_key
 from .sources import Source
 
 _COUNTER = "a counter that no detector reads"
@@ -133,7 +134,7 @@ def _resnet_name(key: str) -> str | None:
     if part := re.fullmatch(r"downsample\.1\.(weight|bias|running_mean|running_var)", rest):
         return f"{block}.shortcut.norm.{part[1]}"
     if part := re.fullmatch(r"(?:sge|se)\.(weight|bias)", rest):
-        return f"{block}.sge.{part[1]}"
+        return f"{block}.{SGE}.{part[1]}"
     return None
 
 
@@ -294,7 +295,7 @@ def resnet_shape(state: dict[str, Tensor], path: str) -> ResNetShape:
             missing = min(set(range(len(blocks) + 1)) - blocks)
             raise UserError(f"{path} lacks the block {stage}.{missing}: it is no whole ResNet")
         convolutions += len(blocks) * last
-        has_sge = any(key.startswith(f"{prefix}{stage}.") and ".sge." in key for key in state)
+        has_sge = any(key.startswith(f"{prefix}{stage}.") and is_sge_key(key) for key in state)
         for block in (f"{prefix}{stage}.{number}" for number in sorted(blocks)):
 
             def find(name: str, block: str = block) -> Tensor:

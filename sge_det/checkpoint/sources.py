@@ -12,6 +12,7 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
 from ..errors import UserError
+from ..layers.attention import is_sge_key
 from .checksums import sha256
 from .safe_load import load_checkpoint
 
@@ -259,7 +260,7 @@ def identify(state: Mapping[str, Tensor], path: str) -> str:
         if "bbox_head.fc_cls.weight" in state:
             return "mmdet-mask" if "mask_head.conv_logits.weight" in state else "mmdet-faster"
     if "conv1.weight" in state and "layer1.0.conv1.weight" in state:
-        if "layer1.0.sge.weight" in state or any(".sge." in key for key in state):
+        if any(is_sge_key(key) for key in state):
             return "sge-imagenet"
         return "timm-sge" if any(re.fullmatch(r"layer\d\.\d+\.se\.weight", key) for key in state) else "plain-resnet"
     if "layer1.0.conv1.weight" in state:

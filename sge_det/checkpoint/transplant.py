@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..config import STAGES, sge_options
 from ..errors import UserError
+from ..layers.attention import SGE
 from .convert import Conversion, convert_file
 from .mapping import resnet_shape
 
@@ -35,7 +36,7 @@ def check_has_sge(cfg: CfgNode) -> None:
         UserError: it has not; says what to set.
     """
     options = sge_options(cfg)
-    if not options.ENABLED or options.ATTENTION != "sge":
+    if not options.is_sge:
         raise UserError("the config has no SGE: set MODEL.SGE.ENABLED True and MODEL.SGE.ATTENTION sge")
     own = sge_builder(cfg.MODEL.BACKBONE.NAME)
     if own:
@@ -65,7 +66,7 @@ def transplant_state(state: dict[str, Tensor], cfg: CfgNode | None, path: str) -
     if cfg is not None:
         check_has_sge(cfg)
         options = sge_options(cfg)
-        groups, beta, stages = options.GROUPS, float(options.INIT[1]), options.STAGES
+        groups, beta, stages = options.groups, float(options.init[1]), options.stages
     last = shape.last
     factor = 1 + math.exp(-beta)
     result, count = dict(state), 0
@@ -85,8 +86,8 @@ def transplant_state(state: dict[str, Tensor], cfg: CfgNode | None, path: str) -
             if norm not in state:
                 raise UserError(f"{path}: {block}.{last} has no norm before SGE that could take its factor")
             result[norm] = state[norm] * factor
-        result[f"{block}.sge.weight"] = torch.zeros(1, groups, 1, 1)
-        result[f"{block}.sge.bias"] = torch.full((1, groups, 1, 1), beta)
+        result[f"{block}.{SGE}.weight"] = torch.zeros(1, groups, 1, 1)
+        result[f"{block}.{SGE}.bias"] = torch.full((1, groups, 1, 1), beta)
         count += 1
     return result, f"added SGE to {count} blocks ({groups} groups), the norms before it times {factor:.7f}"
 

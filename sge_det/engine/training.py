@@ -143,7 +143,7 @@ def build_seeded_model(cfg: CfgNode) -> torch.nn.Module:
 
     model = build(cfg)
     options = sge_options(cfg)
-    if options.ENABLED and options.ATTENTION != "sge":
+    if options.enabled and not options.is_sge:
         # SGE draws nothing from the generator, its rivals do
         model.load_state_dict(build(plain_twin(cfg)).state_dict(), strict=False)
     return model
@@ -181,8 +181,8 @@ class Trainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
         self.data_loader.start = self.start_iter
-        if self.start_iter == 0 and sge_options(self.cfg).RESET:
-            start_sge(self.model, sge_options(self.cfg).INIT)
+        if self.start_iter == 0 and sge_options(self.cfg).reset:
+            start_sge(self.model, sge_options(self.cfg).init)
 
     def run_step(self) -> None:
         torch.manual_seed((self.seed * 1_000_003 + self.iter) * comm.get_world_size() + comm.get_rank())
@@ -200,7 +200,7 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self) -> list[HookBase]:
         hooks = super().build_hooks()
-        period = sge_options(self.cfg).LOG_PERIOD
+        period = sge_options(self.cfg).log_period
         if period > 0 and comm.is_main_process() and sge_layers(self.model):
             # before the evaluation, which would count as well, and before the writers, which come last
             hooks.insert(0, GateWriter(self.model, period))

@@ -3,7 +3,9 @@
 from .api import compare_results, measure_gain
 from .arms import Arm, choose_arms
 from .inference import Interval, both_interval, image_interval, outcomes, seed_interval, welch_interval
-from .matrix import Launch, Matrix, RunFailed
+from .matrix import Matrix
+from .processes import Launch, RunFailed
+from .run import Run
 from .statistics import Measurement, measure
 
 __all__ = [
@@ -12,6 +14,7 @@ __all__ = [
     "Launch",
     "Matrix",
     "Measurement",
+    "Run",
     "RunFailed",
     "both_interval",
     "choose_arms",

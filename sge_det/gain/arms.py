@@ -10,12 +10,13 @@ from ..checkpoint import read_source, transplant_state
 from ..checkpoint.checkpointer import check_weights_exist
 from ..checkpoint.mapping import to_detectron2
 from ..checkpoint.transplant import check_has_sge
-from ..config import ATTENTIONS, merge_overrides, sge_options
+from ..config import merge_overrides, sge_options
 from ..engine.doctor import Finding, examine_files, examine_settings
 from ..errors import UserError
+from ..layers.attention import ATTENTIONS, SGE
 
 TRANSPLANT = "sge-transplant"
-BUILT_IN = ("plain", "sge", "sge-fixed", TRANSPLANT, *(name for name in ATTENTIONS if name != "sge"))
+BUILT_IN = ("plain", "sge", "sge-fixed", TRANSPLANT, *(name for name in ATTENTIONS if name != SGE))
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def _built_in(name: str, cfg: CfgNode) -> Arm:
     if name == "sge-fixed":
         # with a weight of 0 the gates are constant, and a learning rate of 0 keeps them so; start weights may hold
         # others, which would be attention
-        bias = sge_options(cfg).INIT[1]
+        bias = sge_options(cfg).init[1]
         overrides += ("MODEL.SGE.LR_FACTOR", "0.0", "MODEL.SGE.INIT", f"[0.0, {bias}]", "MODEL.SGE.RESET", "True")
     return Arm(name, overrides)
 
@@ -139,13 +140,13 @@ def _transplant(reference: Arm, cfg: CfgNode) -> Arm:
     if reference.name == TRANSPLANT:
         raise UserError(f"{TRANSPLANT} starts from the reference arm's weights: name that one first, --arms plain ...")
     theirs = reference.config(cfg)
-    if "sge" in theirs.MODEL.BACKBONE.NAME and sge_options(theirs).ENABLED:
+    if "sge" in theirs.MODEL.BACKBONE.NAME and sge_options(theirs).enabled:
         raise UserError(
             f"{TRANSPLANT} starts from the reference arm's weights, but {reference.name} has an attention already: "
             "let a plain arm be the first"
         )
     # later overrides win: the two differ in the attention alone
-    overrides = (*reference.overrides, "MODEL.SGE.ENABLED", "True", "MODEL.SGE.ATTENTION", "sge")
+    overrides = (*reference.overrides, "MODEL.SGE.ENABLED", "True", "MODEL.SGE.ATTENTION", SGE)
     arm = Arm(TRANSPLANT, overrides, reference)
     check_has_sge(arm.config(cfg))
     weights = theirs.MODEL.WEIGHTS

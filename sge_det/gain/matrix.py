@@ -1,197 +1,32 @@
-"""The runs of a comparison on disk: ``OUTPUT/<arm>/seed<k>/``, resumed, divided among workers, never mixed."""
+"""The runs of a comparison: planned, divided among workers, never mixed. ``OUTPUT/<arm>/seed<k>/`` holds each."""
 
 import contextlib
-import hashlib
-import json
-import math
-import os
-import re
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-import detectron2
 import filelock
-import torch
-from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from tqdm import tqdm
 
-from .. import __version__
-from ..checkpoint import transplant_file
 from ..config import find_config
 from ..engine.doctor import tell
+from ..engine.fingerprint import FINGERPRINT_FILE, Contents, fingerprint
 from ..engine.training import setup_config
 from ..errors import UserError
-from ..files import cannot_write, disk_full, is_disk_full, write_json
-from .arms import Arm, choose_arms, examine_arms
-from .run import RESULT_FILE, import_modules
+from ..files import cannot_write, write_json
+from .arms import choose_arms, examine_arms
+from .processes import Launch, RunProcess
+from .run import START_FILE, Run
+from .worker import import_modules
 
-FINGERPRINT_FILE = "fingerprint.json"
-START_FILE = "start.pth"
-# They say where and how fast a run goes, not what comes out of it.
-_FREE_KEYS = (
-    *("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD", "VIS_PERIOD"),
-    "MODEL.SGE.LOG_PERIOD",
-)
 # Points of the AP learning curve, where the config does not say how often to evaluate.
 _EVALUATIONS = 4
 _POLL_SECONDS = 0.5
 # Between two lines of progress in a file.
 _LOG_SECONDS = 30.0
-
-
-class RunFailed(RuntimeError):
-    """A run ended with an error that is not the user's: names the run, its log and the log's last line."""
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How each run is started; the fields are those of ``detectron2.engine.launch``.
-
-    Attributes:
-        imports: modules that each run imports first, for what they register.
-    """
-
-    num_gpus: int = 1
-    num_machines: int = 1
-    machine_rank: int = 0
-    dist_url: str = "auto"
-    imports: tuple[str, ...] = ()
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this machine records the runs that it takes part in."""
-        return self.machine_rank == 0
-
-
-@dataclass
-class Run:
-    """One arm with one seed.
-
-    Attributes:
-        config: the resolved config.
-        command: the arguments of :mod:`.run`.
-        fingerprint: the config, the data sets and the versions that it is made from.
-        reference: the run whose weights, transplanted, it starts from.
-    """
-
-    arm: Arm
-    seed: int
-    folder: Path
-    config: CfgNode
-    command: list[str]
-    fingerprint: dict = field(repr=False)
-    reference: "Run | None" = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.arm.name}/seed{self.seed}"
-
-    @property
-    def finished(self) -> bool:
-        return (self.folder / RESULT_FILE).is_file()
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether the weights that it starts from are there."""
-        return self.reference is None or bool(self.reference.config.MODEL.WEIGHTS) or self.reference.finished
-
-    @property
-    def start(self) -> Path:
-        """The transplanted weights that it starts from, if it is of an arm that does."""
-        return self.folder / START_FILE
-
-    def make_start(self) -> None:
-        """Transplants the weights of its reference, unless that has been done.
-
-        Raises:
-            UserError: they are not there, or cannot be transplanted.
-        """
-        if self.reference is None or self.start.is_file():
-            return
-        weights = self.reference.config.MODEL.WEIGHTS or str(self.reference.folder / "model_final.pth")
-        if "://" not in weights and not Path(weights).is_file():
-            raise UserError(
-                f"{self.name} starts from {weights}, which is not there: remove {self.reference.folder / RESULT_FILE} "
-                "and run the same command again to train it anew"
-            )
-        transplant_file(weights, str(self.start), cfg=self.config)
-
-    @property
-    def iterations(self) -> int:
-        return self.config.SOLVER.MAX_ITER
-
-    @property
-    def iterations_done(self) -> int:
-        """Iterations that the run has logged; they are written every 20."""
-        if self.finished:
-            return self.iterations
-        try:
-            with open(self.folder / "metrics.json", "rb") as file:
-                file.seek(0, os.SEEK_END)
-                file.seek(max(file.tell() - 8192, 0))
-                logged = re.findall(rb'"iteration": (\d+)', file.read())
-        except OSError:
-            return 0
-        return min(int(logged[-1]) + 1, self.iterations) if logged else 0
-
-    @property
-    def log(self) -> Path:
-        return self.folder / "log.txt"
-
-    @property
-    def predictions(self) -> Path:
-        """The detections on the validation images, in COCO's result format."""
-        return self.folder / "inference" / "coco_instances_results.json"
-
-    def result(self) -> dict:
-        """What the finished run recorded: ``{"schema", "seconds", "results", "gates", "pointing"}``."""
-        return json.loads((self.folder / RESULT_FILE).read_text())
-
-    def curves(self) -> dict[str, list[tuple[int, float]]]:
-        """What the run logged: by "total_loss", "bbox/AP", "segm/AP" (points), pairs of iteration and value."""
-        found: dict[str, dict[int, float]] = {}
-        try:
-            lines = (self.folder / "metrics.json").read_text(errors="replace").splitlines()
-        except FileNotFoundError:
-            lines = []
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except ValueError:  # cut off when the run was killed
-                continue
-            for key in ("total_loss", "bbox/AP", "segm/AP"):
-                if key in record and math.isfinite(record[key]):
-                    # iterations that were repeated after an interruption count once
-                    found.setdefault(key, {})[min(record["iteration"] + 1, self.iterations)] = record[key]
-        for task, metrics in self.result()["results"].items():
-            if metrics.get("AP") is not None:
-                found.setdefault(f"{task}/AP", {})[self.iterations] = metrics["AP"]
-        return {key: sorted(points.items()) for key, points in found.items()}
-
-    def check(self) -> None:
-        """Checks that what lies in the folder was made by this very run.
-
-        Raises:
-            UserError: it was made from something else; names the first difference.
-        """
-        try:
-            found = json.loads((self.folder / FINGERPRINT_FILE).read_text())
-        except FileNotFoundError:
-            return
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.folder / FINGERPRINT_FILE} cannot be read: {error}") from error
-        difference = next(_differences(found, self.fingerprint), None)
-        if difference:
-            raise UserError(
-                f"{self.folder} holds a run made with {difference}: give the same command, or name another --output"
-            )
 
 
 class Matrix:
@@ -221,8 +56,9 @@ class Matrix:
         seeds: Sequence[int] = (0,),
         overrides: Sequence[str] = (),
         datasets: Sequence[Sequence[str]] = (),
-        launch: Launch = Launch(),
+        launch: Launch | None = None,
     ):
+        launch = launch or Launch()
         import_modules(list(launch.imports))
         self.output = Path(output)
         self.overrides = list(overrides)
@@ -244,7 +80,7 @@ class Matrix:
             self.config.TEST.EVAL_PERIOD = period
         self.arms = choose_arms(self.config, arm_names, custom_arms)
         tell(examine_arms(self.arms, self.config))
-        hashes = _Hashes()
+        contents = Contents()
         self.runs = []
         # seed by seed, so that pairs are complete as early as can be
         for seed in self.seeds:
@@ -260,21 +96,12 @@ class Matrix:
                 command += [item for name in launch.imports for item in ("--import", name)]
                 command += [item for triple in datasets for item in ("--dataset", *triple)]
                 command += [*overrides, *arm.overrides, *own]
-                fingerprint = {
-                    "config": _what_counts(cfg),
-                    "content": hashes.of(cfg),
-                    "version": {
-                        "sge_det": __version__,
-                        "Detectron2": detectron2.__version__,
-                        "torch": torch.__version__.split("+")[0],
-                    },
-                    "processes": launch.num_gpus * launch.num_machines,
-                }
+                made_from = fingerprint(cfg, contents, launch.num_gpus * launch.num_machines)
                 if reference is not None:
-                    fingerprint["start"] = reference.fingerprint["config"]
+                    made_from["start"] = reference.fingerprint["config"]
                     cfg.MODEL.WEIGHTS = str(folder / START_FILE)
                     command += ["MODEL.WEIGHTS", cfg.MODEL.WEIGHTS]
-                self.runs.append(Run(arm, seed, folder, cfg, command, fingerprint, reference))
+                self.runs.append(Run(arm, seed, folder, cfg, command, made_from, reference))
         for run in self.runs:
             run.check()
 
@@ -310,7 +137,7 @@ class Matrix:
                 print(f"kept {_summary(run)}", flush=True)
         if not pending:
             return
-        active: dict[int, _Process] = {}
+        active: dict[int, RunProcess] = {}
         waiting = False
         with contextlib.ExitStack() as stack:
             stack.callback(lambda: [process.stop() for process in active.values()])
@@ -335,7 +162,7 @@ class Matrix:
                 if pending or active:
                     time.sleep(_POLL_SECONDS)
 
-    def _claim(self, pending: list[Run], slot: int, jobs: int) -> "_Process | None":
+    def _claim(self, pending: list[Run], slot: int, jobs: int) -> "RunProcess | None":
         """Starts the first pending run that no other worker has; takes those that are finished off the list."""
         for run in list(pending):
             if run.finished:
@@ -363,7 +190,7 @@ class Matrix:
                 if self.launch.is_main:
                     write_json(run.folder / FINGERPRINT_FILE, run.fingerprint)
                     run.make_start()
-                process = _Process(run, lock, self.launch, slot, jobs)
+                process = RunProcess(run, lock, self.launch, slot, jobs)
             except BaseException:
                 if lock:
                     lock.release()
@@ -373,120 +200,6 @@ class Matrix:
         return None
 
 
-class _Process:
-    """A run that is going on in a process of its own."""
-
-    def __init__(self, run: Run, lock: filelock.BaseFileLock | None, launch: Launch, slot: int, jobs: int):
-        self.run, self.lock = run, lock
-        environment = os.environ.copy()
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = max(cores // (jobs * max(launch.num_gpus, 1)), 1)
-        environment.setdefault("OMP_NUM_THREADS", str(threads))
-        gpus = torch.cuda.device_count()
-        if jobs > 1 and gpus >= jobs * launch.num_gpus:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
-            own = visible[slot * launch.num_gpus : (slot + 1) * launch.num_gpus]
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
-        try:
-            with open(run.log, "ab") as log:
-                self.start_of_log = log.tell()
-                # stdin stays open as long as this process lives; the run ends when it closes
-                self.process = subprocess.Popen(
-                    [sys.executable, "-m", "sge_det.gain.run", *run.command],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.DEVNULL,
-                    stderr=log,
-                    env=environment,
-                    start_new_session=True,
-                )
-        except OSError as error:
-            raise cannot_write(run.log, error) from error
-
-    def ended(self) -> bool:
-        """Whether the run has ended well; its lock is free then.
-
-        Raises:
-            UserError, RunFailed: it has ended, but not well.
-        """
-        code = self.process.poll()
-        if code is None:
-            return False
-        self._release()
-        is_finished = self.run.finished or self.lock is None
-        if code == 0 and is_finished:
-            return True
-        with open(self.run.log, "rb") as log:
-            log.seek(self.start_of_log)
-            lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
-        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        if code == 2 and errors:
-            raise UserError(f"{self.run.name}: {errors[-1]}")
-        if is_disk_full(self.run.folder):
-            raise disk_full(self.run.folder)
-        what = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"failed (exit {code})"
-        last = lines[-1].strip() if lines else "(empty)"
-        raise RunFailed(f"{self.run.name} {what}; its log is {self.run.log}, which ends with: {last}")
-
-    def stop(self) -> None:
-        if self.process.poll() is None:  # otherwise its number may be another process's by now
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-        self._release()
-
-    def _release(self) -> None:
-        self.process.stdin.close()
-        if self.lock is not None:
-            self.lock.release()
-
-
-class _Hashes:
-    """Content hashes of data sets and weights, each read once."""
-
-    def __init__(self):
-        self.known: dict[str, str] = {}
-
-    def of(self, cfg: CfgNode) -> dict[str, str]:
-        """The hashes of what ``cfg`` trains from, by name."""
-        hashes = {name: self._dataset(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)}
-        weights = cfg.MODEL.WEIGHTS
-        if weights and Path(weights).is_file():
-            hashes["MODEL.WEIGHTS"] = self._file(weights)
-        return hashes
-
-    def _dataset(self, name: str) -> str:
-        """Of the annotations, and of the names and sizes of their images."""
-        if name not in self.known:
-            metadata = MetadataCatalog.get(name)
-            if metadata.get("json_file") is None or metadata.get("image_root") is None:
-                raise UserError(
-                    f"the data set {name} is not in COCO's format on disk: the gain cannot be measured on it"
-                )
-            digest = hashlib.sha256(self._file(metadata.json_file).encode())
-            try:
-                for image in json.loads(Path(metadata.json_file).read_bytes())["images"]:
-                    size = os.stat(os.path.join(metadata.image_root, image["file_name"])).st_size
-                    digest.update(f"{image['file_name']} {size}\n".encode())
-            except FileNotFoundError as error:
-                raise UserError(f"data set {name}: the image {error.filename} is not there") from error
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{metadata.json_file} is not in COCO's format: {error}") from error
-            self.known[name] = digest.hexdigest()
-        return self.known[name]
-
-    def _file(self, path: str) -> str:
-        if path not in self.known:
-            try:
-                with open(path, "rb") as file:
-                    digest = hashlib.sha256()
-                    while block := file.read(1 << 20):
-                        digest.update(block)
-            except OSError as error:
-                raise UserError(f"{path} cannot be read: {error.strerror}") from error
-            self.known[path] = digest.hexdigest()
-        return self.known[path]
-
-
 def _checked_seeds(seeds: Sequence[int]) -> list[int]:
     if not seeds:
         raise UserError("--seeds needs at least one seed")
@@ -494,43 +207,6 @@ def _checked_seeds(seeds: Sequence[int]) -> list[int]:
         if seed < 0 or list(seeds).count(seed) > 1:
             raise UserError(f"--seeds must be different numbers from 0 on, got {' '.join(map(str, seeds))}")
     return list(seeds)
-
-
-def _what_counts(cfg: CfgNode) -> dict[str, str]:
-    """The keys that a run's outcome depends on: what tunes SGE does not touch a detector without it."""
-    options, section = cfg.MODEL.SGE, "MODEL.SGE."
-    if not options.ENABLED:
-        own = {f"{section}ENABLED"}
-    elif options.ATTENTION != "sge":
-        own = {f"{section}{key}" for key in ("ENABLED", "ATTENTION", "STAGES")}
-    else:
-        own = {f"{section}{key}" for key in options}
-    return {
-        key: value for key, value in _flat(cfg) if key not in _FREE_KEYS and (key in own or not key.startswith(section))
-    }
-
-
-def _flat(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, repr(value)
-
-
-def _differences(found: dict, wanted: dict) -> Iterator[str]:
-    for part in ("config", "start", "content", "version"):
-        there, here = found.get(part, {}), wanted.get(part, {})
-        for key in [*here, *(key for key in there if key not in here)]:
-            if there.get(key) != here.get(key):
-                if part == "content":
-                    yield f"another content of {key}"
-                elif part == "start":
-                    yield f"weights of a run with {key} {there.get(key, 'absent')}, here {here.get(key, 'absent')}"
-                else:
-                    yield f"{key} {there.get(key, 'absent')}, this command has {here.get(key, 'absent')}"
-    if found.get("processes") != wanted["processes"]:
-        yield f"{found.get('processes')} processes, this command has {wanted['processes']}"
 
 
 def _progress_bar(runs: list[Run]) -> tqdm:

@@ -1,105 +1,142 @@
-"""One run of the matrix, in a process of its own: python -m sge_det.gain.run --config-file F ... OUTPUT_DIR D SEED K"""
+"""A run of the matrix as it lies on disk: its folder, its results, its curves, and what it was made from."""
 
-import argparse
-import importlib
-import logging
+import json
+import math
 import os
-import sys
-import threading
-import time
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import filelock
 from detectron2.config import CfgNode
-from detectron2.utils import comm
 
-from ..analysis.pointing import pointing_game
-from ..checkpoint.checkpointer import Checkpointer
-from ..data.loader import build_test_loader
-from ..engine.training import argument_parser, build_seeded_model, launch, setup_config, start_run, train
-from ..errors import UserError, user_errors
-from ..files import write_json
-from ..modeling.gates import gate_statistics
+from ..checkpoint import transplant_file
+from ..engine.fingerprint import FINGERPRINT_FILE, differences
+from ..errors import UserError
+from .arms import Arm
 
 RESULT_FILE = "result.json"
-# What a dead worker leaves running ends by itself in less than this many seconds.
-_ORPHAN_SECONDS = 60
+START_FILE = "start.pth"
 
 
-def _train_and_record(args: argparse.Namespace) -> None:
-    import_modules(args.imports)
-    cfg = setup_config(args.config_file, args.opts, args.dataset)
-    start_run(cfg, args)
-    start = time.time()
-    results = train(cfg, resume=True)
-    if not comm.is_main_process():
-        return
-    folder = Path(cfg.OUTPUT_DIR)
-    shown = _what_gates_show(cfg)
-    for checkpoint in folder.glob("model_[0-9]*.pth*"):
-        checkpoint.unlink()
-    # the last file of a run, and what marks it as finished
-    record = {"schema": 1, "seconds": round(time.time() - start, 1), "results": results, **shown}
-    write_json(folder / RESULT_FILE, record)
+@dataclass
+class Run:
+    """One arm with one seed.
 
-
-def _what_gates_show(cfg: CfgNode) -> dict:
-    """The gates' statistics and the pointing game's figures on the validation images; empty without SGE."""
-    if not cfg.MODEL.SGE.ENABLED or cfg.MODEL.SGE.ATTENTION != "sge":
-        return {"gates": {}, "pointing": {}}
-    model = build_seeded_model(cfg)
-    Checkpointer(model, cfg.OUTPUT_DIR, whole_model=True).resume_or_load("", resume=True)
-    gates = gate_statistics(model, build_test_loader(cfg, cfg.DATASETS.TEST[0], alone=True))
-    try:
-        pointing = pointing_game(cfg, model)
-    except UserError as error:  # no objects to point at: no reason to lose the run
-        logging.getLogger(__name__).warning(f"the pointing game was not played: {error}")
-        pointing = {}
-    return {"gates": gates, "pointing": pointing}
-
-
-def import_modules(names: list[str]) -> None:
-    """Imports what registers backbones, data sets or heads of the user's own.
-
-    Raises:
-        UserError: there is no such module.
+    Attributes:
+        config: the resolved config.
+        command: the arguments of :mod:`.worker`.
+        fingerprint: the config, the data sets and the versions that it is made from.
+        reference: the run whose weights, transplanted, it starts from.
     """
-    for name in names:
+
+    arm: Arm
+    seed: int
+    folder: Path
+    config: CfgNode
+    command: list[str]
+    fingerprint: dict = field(repr=False)
+    reference: "Run | None" = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm.name}/seed{self.seed}"
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / RESULT_FILE).is_file()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the weights that it starts from are there."""
+        return self.reference is None or bool(self.reference.config.MODEL.WEIGHTS) or self.reference.finished
+
+    @property
+    def start(self) -> Path:
+        """The transplanted weights that it starts from, if it is of an arm that does."""
+        return self.folder / START_FILE
+
+    def make_start(self) -> None:
+        """Transplants the weights of its reference, unless that has been done.
+
+        Raises:
+            UserError: they are not there, or cannot be transplanted.
+        """
+        if self.reference is None or self.start.is_file():
+            return
+        weights = self.reference.config.MODEL.WEIGHTS or str(self.reference.folder / "model_final.pth")
+        if "://" not in weights and not Path(weights).is_file():
+            raise UserError(
+                f"{self.name} starts from {weights}, which is not there: remove {self.reference.folder / RESULT_FILE} "
+                "and run the same command again to train it anew"
+            )
+        transplant_file(weights, str(self.start), cfg=self.config)
+
+    @property
+    def iterations(self) -> int:
+        return self.config.SOLVER.MAX_ITER
+
+    @property
+    def iterations_done(self) -> int:
+        """Iterations that the run has logged; they are written every 20."""
+        if self.finished:
+            return self.iterations
         try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise UserError(f"--import {name}: {error}") from error
+            with open(self.folder / "metrics.json", "rb") as file:
+                file.seek(0, os.SEEK_END)
+                file.seek(max(file.tell() - 8192, 0))
+                logged = re.findall(rb'"iteration": (\d+)', file.read())
+        except OSError:
+            return 0
+        return min(int(logged[-1]) + 1, self.iterations) if logged else 0
 
+    @property
+    def log(self) -> Path:
+        return self.folder / "log.txt"
 
-def _end_with_parent() -> None:
-    """Ends this process when the worker that started it is gone: its end of the pipe at stdin closes then."""
+    @property
+    def predictions(self) -> Path:
+        """The detections on the validation images, in COCO's result format."""
+        return self.folder / "inference" / "coco_instances_results.json"
 
-    def wait() -> None:
-        while os.read(sys.stdin.fileno(), 1):
-            pass
-        os._exit(1)
+    def result(self) -> dict:
+        """What the finished run recorded: ``{"schema", "seconds", "results", "gates", "pointing"}``."""
+        return json.loads((self.folder / RESULT_FILE).read_text())
 
-    threading.Thread(target=wait, daemon=True).start()
+    def curves(self) -> dict[str, list[tuple[int, float]]]:
+        """What the run logged: by "total_loss", "bbox/AP", "segm/AP" (points), pairs of iteration and value."""
+        found: dict[str, dict[int, float]] = {}
+        try:
+            lines = (self.folder / "metrics.json").read_text(errors="replace").splitlines()
+        except FileNotFoundError:
+            lines = []
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except ValueError:  # cut off when the run was killed
+                continue
+            for key in ("total_loss", "bbox/AP", "segm/AP"):
+                if key in record and math.isfinite(record[key]):
+                    # iterations that were repeated after an interruption count once
+                    found.setdefault(key, {})[min(record["iteration"] + 1, self.iterations)] = record[key]
+        for task, metrics in self.result()["results"].items():
+            if metrics.get("AP") is not None:
+                found.setdefault(f"{task}/AP", {})[self.iterations] = metrics["AP"]
+        return {key: sorted(points.items()) for key, points in found.items()}
 
+    def check(self) -> None:
+        """Checks that what lies in the folder was made by this very run.
 
-def parser() -> argparse.ArgumentParser:
-    arguments = argument_parser(epilog=__doc__)
-    arguments.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
-    return arguments
-
-
-@user_errors
-def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
-    _end_with_parent()
-    folder = Path(dict(zip(args.opts[::2], args.opts[1::2]))["OUTPUT_DIR"])
-    name = ".run.lock" if args.machine_rank == 0 else f".run{args.machine_rank}.lock"
-    try:
-        with filelock.FileLock(folder / name, timeout=_ORPHAN_SECONDS):
-            launch(_train_and_record, args)
-    except filelock.Timeout as error:
-        raise UserError(f"{folder} is being trained by another process: wait for it, or end it") from error
-
-
-if __name__ == "__main__":
-    main()
+        Raises:
+            UserError: it was made from something else; names the first difference.
+        """
+        try:
+            found = json.loads((self.folder / FINGERPRINT_FILE).read_text())
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.folder / FINGERPRINT_FILE} cannot be read: {error}") from error
+        difference = next(differences(found, self.fingerprint), None)
+        if difference:
+            raise UserError(
+                f"{self.folder} holds a run made with {difference}: give the same command, or name another --output"
+            )

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from ..config import STAGES, sge_options
 from ..errors import UserError
+from ..layers.attention import SGE as SGE_NAME
+from ..layers.attention import build_rival
 from ..layers.sge import SpatialGroupEnhance
 
 # Blocks of each stage (He et al., "Deep Residual Learning", table 1).
@@ -37,7 +39,7 @@ class Attention:
     build: Callable[[int], nn.Module]
 
 
-SGE = Attention("sge", lambda channels: SpatialGroupEnhance())
+SGE = Attention(SGE_NAME, lambda channels: SpatialGroupEnhance())
 
 
 class _AttentiveBlock:
@@ -106,22 +108,22 @@ def build_attention(cfg: CfgNode, stage: str, channels: int) -> Attention | None
         UserError: the groups do not divide the channels, or ``MODEL.SGE.ATTENTION`` cannot be built.
     """
     options = sge_options(cfg)
-    if not options.ENABLED or stage not in options.STAGES:
+    if not options.enabled or stage not in options.stages:
         return None
-    if options.ATTENTION != "sge":
-        return Attention(options.ATTENTION, lambda channels: _timm_attention(options.ATTENTION, channels))
-    if options.GROUPS < 1 or channels % options.GROUPS:
+    if not options.is_sge:
+        return Attention(options.attention, lambda channels: _rival(options.attention, channels))
+    if options.groups < 1 or channels % options.groups:
         raise UserError(
-            f"MODEL.SGE.GROUPS = {options.GROUPS} does not divide the {channels} channels of {stage}: "
+            f"MODEL.SGE.GROUPS = {options.groups} does not divide the {channels} channels of {stage}: "
             "set a divisor of them, or leave the stage out of MODEL.SGE.STAGES"
         )
 
     def build(channels: int) -> SpatialGroupEnhance:
-        layer = SpatialGroupEnhance(options.GROUPS, kernel=options.get("KERNEL", "eager"))
-        start_sge(layer, options.INIT)
+        layer = SpatialGroupEnhance(options.groups, kernel=options.kernel)
+        start_sge(layer, options.init)
         return layer
 
-    return Attention("sge", build)
+    return Attention(SGE_NAME, build)
 
 
 def start_sge(model: nn.Module, init: Sequence[float]) -> None:
@@ -132,12 +134,11 @@ def start_sge(model: nn.Module, init: Sequence[float]) -> None:
             nn.init.constant_(layer.bias, init[1])
 
 
-def _timm_attention(kind: str, channels: int) -> nn.Module:
+def _rival(kind: str, channels: int) -> nn.Module:
     try:
-        from timm.layers import create_attn
+        return build_rival(kind, channels)
     except ImportError as error:
         raise UserError(f"MODEL.SGE.ATTENTION {kind} comes from timm, which is missing: pip install timm") from error
-    return create_attn(kind, channels)
 
 
 @BACKBONE_REGISTRY.register()

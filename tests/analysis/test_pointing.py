@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import TINY
 from pycocotools.coco import COCO
-from test_attention import gates_by_formula
+from reference_models import gates_by_formula
 from torch import nn
 
 from sge_det.analysis.pointing import Objects, cell_centres, play, pointing_game, pointing_report, pointing_share

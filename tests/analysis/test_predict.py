@@ -10,36 +10,15 @@ from conftest import TINY
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 from pycocotools.coco import COCO
-from torch import nn
+from sample_detectors import FASTER, MASK, save_weights
 
-from sge_det import predict as predict_module
+from sge_det.analysis import predict as predict_module
 from sge_det.analysis.figures import captioned, draw_detections, overlay
-from sge_det.analysis.predict import (
-    Predictor,
-    categories,
-    find_files,
-    gate_range,
-    output_files,
-    predict,
-    report_faults,
-    setup_prediction,
-    split_input,
-)
-from sge_det.engine.training import build_seeded_model
+from sge_det.analysis.inputs import find_files, report_faults, split_input
+from sge_det.analysis.predict import output_files, predict
+from sge_det.analysis.predictor import Predictor, categories, gate_range, setup_prediction, with_confidence
 from sge_det.errors import UserError
 from sge_det.modeling.gates import sge_layers
-
-FASTER, MASK = "sample/faster_rcnn_SGE_R_50_FPN.yaml", "sample/mask_rcnn_SGE_R_50_FPN.yaml"
-
-
-def save_weights(config, path, datasets):
-    """A random detector whose gates vary, and which is sure of nothing."""
-    cfg = setup_prediction(config, [*TINY, "MODEL.WEIGHTS", ""], datasets)
-    model = build_seeded_model(cfg)
-    generator = torch.Generator().manual_seed(0)
-    for layer in sge_layers(model).values():
-        nn.init.normal_(layer.weight, std=0.5, generator=generator)
-    torch.save({"model": model.state_dict()}, path)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +105,7 @@ def test_a_folder_with_a_damaged_file(inputs, weights, sample_datasets, tmp_path
 def test_detections_are_those_of_the_model(inputs, weights, sample_datasets, tmp_path):
     cfg = config(FASTER, weights / "faster.pth", sample_datasets)
     path, _ = predict(cfg, [inputs / "c.png"], tmp_path / "out", confidence=0.05)
-    predictor = Predictor(predict_module.with_confidence(cfg, 0.05))
+    predictor = Predictor(with_confidence(cfg, 0.05))
     with Image.open(inputs / "c.png") as picture:
         rgb = np.asarray(picture.convert("RGB"))
     assert cfg.INPUT.FORMAT == "RGB"
@@ -139,7 +118,7 @@ def test_detections_are_those_of_the_model(inputs, weights, sample_datasets, tmp
     # Detectron2's own predictor, with the weights in its own way
     from detectron2.engine import DefaultPredictor
 
-    default = DefaultPredictor(predict_module.with_confidence(cfg, 0.05))(rgb[..., ::-1])["instances"]
+    default = DefaultPredictor(with_confidence(cfg, 0.05))(rgb[..., ::-1])["instances"]
     assert torch.equal(default.scores.cpu(), instances.scores)
 
 

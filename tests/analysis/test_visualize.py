@@ -5,10 +5,10 @@ import pytest
 import torch
 from conftest import TINY
 from PIL import Image
-from test_attention import gates_by_formula
-from test_predict import FASTER, save_weights
+from reference_models import gates_by_formula
+from sample_detectors import FASTER, save_weights
 
-from sge_det.analysis.predict import Predictor, setup_prediction
+from sge_det.analysis.predictor import Predictor, setup_prediction
 from sge_det.analysis.visualize import visualize_dataset, visualize_images
 from sge_det.engine.training import plain_twin, setup_config
 from sge_det.errors import UserError

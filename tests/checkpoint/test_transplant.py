@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 from detectron2.modeling import build_model
+from foreign_weights import backbone_config, build_backbone, detector, load, mmdet_state
 from reference_models import randomize, torchvision_resnet
-from test_weights_convert import backbone_config, build_backbone, detector, load, mmdet_state
 
 from sge_det import SpatialGroupEnhance, UserError
 from sge_det.checkpoint import transplant_file, transplant_state

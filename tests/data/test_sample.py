@@ -9,7 +9,8 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
-from sge_det import UserError, sample
+from sge_det import UserError
+from sge_det.data import sample
 from sge_det.data.preview import contact_sheet
 from sge_det.data.sample import SPLITS, make_sample_coco
 
@@ -132,7 +133,7 @@ def test_a_hole_is_rle_or_cut():
     visible = np.zeros((40, 50), np.float32)
     visible[5:35, 0:40] = 1
     visible[12:25, 9:22] = 0
-    item = sample._Object("car", False, visible, visible.sum())
+    item = sample.DrawnObject("car", False, visible, visible.sum())
     rle, cut = (sample._annotation(item, cut_holes) for cut_holes in (False, True))
     assert isinstance(rle["segmentation"], dict) and len(cut["segmentation"]) == 2
     decoded = mask_utils.decode(mask_utils.merge(mask_utils.frPyObjects(cut["segmentation"], 40, 50)))

@@ -12,15 +12,16 @@ from conftest import TINY
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import build_model
+from foreign_weights import caffe2_names
 from reference_models import torchvision_resnet
-from test_weights_convert import caffe2_names
 
-from sge_det import UserError, doctor, get_config
+from sge_det import UserError, get_config
 from sge_det.checkpoint import convert_file, transplant_file
 from sge_det.checkpoint.safe_load import write_weights
 from sge_det.checkpoint.sources import Recipe
 from sge_det.config import load_config
-from sge_det.engine.doctor import diagnose, examine_run, examine_settings, tell
+from sge_det.engine.doctor import Finding, diagnose, examine_run, examine_settings, finding, tell
+from sge_det.engine.doctor.data import examine_dataset
 
 FASTER = "sample/faster_rcnn_SGE_R_50_FPN.yaml"
 COCO = "COCO-Detection/faster_rcnn_SGE_R_50_FPN_2x.yaml"
@@ -428,7 +429,7 @@ def registered(sample_datasets):
 )
 def test_the_health_of_annotations(registered, tmp_path, change, severity, words):
     name = registered(change, tmp_path)
-    findings = [(finding.severity, str(finding)) for finding in doctor._dataset(name)]
+    findings = [(finding.severity, str(finding)) for finding in examine_dataset(name)]
     if severity is None:
         assert findings == []
         return
@@ -446,15 +447,15 @@ def test_unhealthy_data_stops_the_run(registered, tmp_path, examine):
 
 def test_a_data_set_that_is_repaired_is_read_again(registered, tmp_path, sample_datasets):
     name = registered(widen, tmp_path)
-    assert doctor._dataset(name)
+    assert examine_dataset(name)
     shutil.copy(sample_datasets[0][1], tmp_path / "changed.json")
-    assert doctor._dataset(name) == []
+    assert examine_dataset(name) == []
 
 
 def test_annotations_that_are_no_coco(registered, tmp_path):
     name = registered(lambda content: None, tmp_path)
     (tmp_path / "changed.json").write_text("[1, 2")
-    (finding,) = doctor._dataset(name)
+    (finding,) = examine_dataset(name)
     assert finding.severity == "error"
     assert "changed.json is not in COCO's instance format" in finding.problem
 
@@ -468,13 +469,13 @@ def test_bad_data_on_the_command_line(examine, sample_datasets):
 
 
 def test_errors_stop_and_warnings_are_told_once(caplog):
-    error, other = (doctor.Finding("error", key, "is wrong", "mend it") for key in ("A.B", "C.D"))
-    warning = doctor.Finding("warning", "E.F", "is odd", "look at it")
+    error, other = (Finding("error", key, "is wrong", "mend it") for key in ("A.B", "C.D"))
+    warning = Finding("warning", "E.F", "is odd", "look at it")
     with pytest.raises(UserError, match=r"^A\.B: is wrong; mend it \(and 1 more: tools/check_config\.py lists them\)$"):
         tell([warning, error, other])
     with pytest.raises(UserError, match=r"mend it$"):
         tell([error])
-    doctor._warn.cache_clear()
+    finding._warn.cache_clear()
     logging.getLogger("sge_det").propagate = True
     with caplog.at_level(logging.WARNING):
         tell([warning])

@@ -15,9 +15,8 @@ import pytest
 from conftest import ROOT, TINY
 
 from sge_det import UserError
-from sge_det.gain import Launch, Matrix, RunFailed
-from sge_det.gain.matrix import Run
-from sge_det.gain.run import parser as run_parser
+from sge_det.gain import Launch, Matrix, Run, RunFailed
+from sge_det.gain.worker import parser as run_parser
 
 CONFIG = "sample/faster_rcnn_SGE_R_50_FPN.yaml"
 SCHEDULE = [
@@ -152,7 +151,11 @@ def test_other_runs_are_refused(finished, sample_datasets, tmp_path, monkeypatch
     with pytest.raises(UserError, match=r"sge/seed0 holds a run made with MODEL.SGE.GROUPS 16, this command has 8"):
         matrix(output, sample_datasets, *groups)
     matrix(output, sample_datasets, *groups, arm_names=["plain", "se"])
-    for package, place in {"sge_det": "sge_det.gain.matrix", "Detectron2": "detectron2", "torch": "torch"}.items():
+    for package, place in {
+        "sge_det": "sge_det.engine.fingerprint",
+        "Detectron2": "detectron2",
+        "torch": "torch",
+    }.items():
         with (
             monkeypatch.context() as patch,
             pytest.raises(UserError, match=rf"{package} \S+, this command has 0\.0\.0"),
@@ -250,7 +253,7 @@ def test_how_runs_end(tmp_path, sample_datasets, monkeypatch, ending, kind, word
     script.write_text(f"#!/bin/sh\n{ending}\n")
     script.chmod(0o755)
     made = matrix(tmp_path / "out", sample_datasets)
-    monkeypatch.setattr("sge_det.gain.matrix.sys.executable", str(script))
+    monkeypatch.setattr("sge_det.gain.processes.sys.executable", str(script))
     with pytest.raises(kind, match=words):
         made.execute()
     assert not (made.runs[0].folder / "result.json").exists()
@@ -263,8 +266,8 @@ def test_jobs_split_the_cores(tmp_path, sample_datasets, monkeypatch):
     script.write_text('#!/bin/sh\necho "threads: $OMP_NUM_THREADS" >&2\nexit 3\n')
     script.chmod(0o755)
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr("sge_det.gain.matrix.sys.executable", str(script))
-    monkeypatch.setattr("sge_det.gain.matrix.os.sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setattr("sge_det.gain.processes.sys.executable", str(script))
+    monkeypatch.setattr("sge_det.gain.processes.os.sched_getaffinity", lambda process: set(range(8)))
     for jobs, threads in ((1, 8), (2, 4)):
         made = matrix(tmp_path / f"out{jobs}", sample_datasets)
         with pytest.raises(RunFailed, match=f"ends with: threads: {threads}$"):
@@ -276,7 +279,7 @@ def test_full_disk_is_told(tmp_path, sample_datasets, monkeypatch):
     script.write_text("#!/bin/sh\nexit 1\n")
     script.chmod(0o755)
     made = matrix(tmp_path / "out", sample_datasets)
-    monkeypatch.setattr("sge_det.gain.matrix.sys.executable", str(script))
+    monkeypatch.setattr("sge_det.gain.processes.sys.executable", str(script))
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
     with pytest.raises(UserError, match=r"the disk that holds .*plain/seed0 is full: free some space"):
         made.execute()
@@ -299,7 +302,7 @@ def test_a_run_that_another_worker_has_is_waited_for(tmp_path, sample_datasets, 
             held.release()
 
     monkeypatch.setattr("sge_det.gain.matrix.time.sleep", other_worker)
-    monkeypatch.setattr("sge_det.gain.matrix.sys.executable", "/no/python")
+    monkeypatch.setattr("sge_det.gain.processes.sys.executable", "/no/python")
     made.execute()
     assert len(polls) == 3
     assert "waiting for plain/seed0: another worker has them" in capsys.readouterr().out

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from reference_models import gates_by_formula
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -13,23 +14,6 @@ from sge_det.engine.training import Trainer, build_seeded_model, plain_twin, set
 from sge_det.modeling.gates import blocks, find_layer, gate_statistics, sge_layers
 
 FASTER = "sample/faster_rcnn_SGE_R_50_FPN.yaml"
-
-
-def gates_by_formula(x, gamma, beta, groups, eps=1e-5):
-    """Equations 1 to 5 in float64 NumPy, sample by sample and group by group."""
-    samples, channels, height, width = x.shape
-    size = channels // groups
-    gates = np.empty((samples, groups, height, width))
-    for n in range(samples):
-        for group in range(groups):
-            vectors = x[n, group * size : (group + 1) * size].reshape(size, -1).T.astype(np.float64)
-            mean = vectors.sum(0) / len(vectors)
-            similarity = np.array([vector @ mean for vector in vectors])
-            spread = np.sqrt(((similarity - similarity.mean()) ** 2).sum() / (len(vectors) - 1))
-            normalised = (similarity - similarity.mean()) / (spread + eps)
-            gate = 1 / (1 + np.exp(-(gamma[group] * normalised + beta[group])))
-            gates[n, group] = gate.reshape(height, width)
-    return gates
 
 
 @pytest.fixture

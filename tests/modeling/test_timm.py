@@ -5,8 +5,8 @@ import sys
 import pytest
 import timm
 import torch
+from foreign_weights import assert_equal_features, backbone_config, build_backbone, load
 from reference_models import PaperSGE, features, randomize
-from test_weights_convert import assert_equal_features, backbone_config, build_backbone, load
 from timm.optim import create_optimizer_v2
 from timm.utils import CheckpointSaver, ModelEmaV2, NativeScaler
 

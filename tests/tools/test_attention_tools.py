@@ -6,7 +6,7 @@ import shutil
 import pytest
 from conftest import TINY
 from PIL import Image
-from test_predict import FASTER, save_weights
+from sample_detectors import FASTER, save_weights
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,73 @@
+"""What people give to be looked at: images and videos, as files, folders and globs."""
+
+import glob
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import UserError
+
+IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+VIDEOS = {".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv"}
+
+
+def split_input(inputs: Sequence[str], overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Parts ``--input A B`` from the KEY VALUE pairs behind it, which argparse takes for inputs as well."""
+    for place, word in enumerate(inputs):
+        if re.fullmatch(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+|SEED|OUTPUT_DIR", word) and not Path(word).exists():
+            return list(inputs[:place]), [*inputs[place:], *overrides]
+    return list(inputs), list(overrides)
+
+
+def find_files(inputs: Sequence[str]) -> list[Path]:
+    """The images and videos that ``--input`` names.
+
+    Args:
+        inputs: files, folders (their images and videos, not those of folders in them) and globs.
+
+    Raises:
+        UserError: one of them names nothing.
+    """
+    found: list[Path] = []
+    for word in inputs:
+        path = Path(word).expanduser()
+        if path.is_file():
+            found.append(path)
+        elif path.is_dir():
+            fitting = sorted(entry for entry in path.iterdir() if _is_known(entry))
+            if not fitting:
+                raise UserError(f"--input {word}: there are no images or videos in this folder")
+            found += fitting
+        else:
+            fitting = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if _is_known(Path(name)))
+            if not fitting:
+                raise UserError(f"--input {word}: there is no such file or folder, and no image or video matches it")
+            found += fitting
+    if not found:
+        raise UserError("give images, folders, globs or videos with --input")
+    return list(dict.fromkeys(found))
+
+
+def _is_known(path: Path) -> bool:
+    return path.is_file() and path.suffix.lower() in IMAGES | VIDEOS
+
+
+def is_video(path: Path) -> bool:
+    return path.suffix.lower() in VIDEOS
+
+
+def common_folder(files: Sequence[Path]) -> Path:
+    """The folder below which all ``files`` lie: what the names of outputs are relative to."""
+    return Path(os.path.commonpath([file.absolute().parent for file in files]))
+
+
+def report_faults(faults: dict[Path, str], files: Sequence[Path], done: str) -> None:
+    """Ends with what could not be read, when all else is done.
+
+    Raises:
+        UserError: there is such a file.
+    """
+    if faults:
+        reasons = "; ".join(f"{file}: {reason.rstrip('.')}" for file, reason in faults.items())
+        raise UserError(f"{len(faults)} of {len(files)} files cannot be read, {done}: {reasons}")

@@ -1,0 +1,62 @@
+"""The config doctor: faults of a config, its weights and its data that cost a run and raise no error themselves.
+
+One file for each thing that it looks at: settings, weights, data, run.
+"""
+
+from collections.abc import Sequence
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+
+from ...config import load_config, sge_options
+from ...data.datasets import use_datasets
+from ...errors import UserError
+from .data import examine_dataset
+from .finding import Finding, finding_of, tell
+from .run import examine_run
+from .settings import duplicate_keys, examine_settings, missing_weights, unregistered, wrong_groups
+from .weights import examine_weights
+
+__all__ = ["Finding", "diagnose", "examine_files", "examine_run", "examine_settings", "tell"]
+
+
+def diagnose(
+    config_file: str,
+    overrides: Sequence[str] = (),
+    datasets: Sequence[Sequence[str]] = (),
+    *,
+    processes: int = 1,
+    resume: bool = False,
+    eval_only: bool = False,
+) -> list[Finding]:
+    """All that is wrong with a config and what it names; errors come first.
+
+    Args:
+        config_file, overrides, datasets, eval_only: as in :func:`.training.setup_config`.
+        processes: how many it is to be trained in.
+        resume: whether it is to go on from ``OUTPUT_DIR``.
+    """
+    try:
+        cfg = load_config(config_file, overrides)
+    except UserError as error:
+        return [*duplicate_keys(config_file), finding_of(error, "--config-file")]
+    findings = examine_settings(cfg, config_file, eval_only=eval_only)
+    try:
+        use_datasets(cfg, datasets, overrides, eval_only=eval_only)
+    except UserError as error:
+        findings.append(finding_of(error, "DATASETS"))
+    findings += examine_files(cfg, eval_only=eval_only)
+    if not eval_only:
+        findings += examine_run(cfg, processes=processes, resume=resume)
+    unique = list(dict.fromkeys(findings))
+    return sorted(unique, key=lambda finding: finding.severity)
+
+
+def examine_files(cfg: CfgNode, *, eval_only: bool = False) -> list[Finding]:
+    """What is wrong with the weights and the data sets of ``cfg``, or with it in their light."""
+    options = sge_options(cfg)
+    names = dict.fromkeys((*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST))
+    findings = [finding for name in names if name in DatasetCatalog for finding in examine_dataset(name)]
+    if not unregistered(cfg) and not wrong_groups(cfg, options) and not missing_weights(cfg):
+        findings += examine_weights(cfg, options)
+    return [f for f in findings if not (eval_only and f.key == "MODEL.BACKBONE.FREEZE_AT")]

@@ -1,0 +1,158 @@
+"""What is wrong with the settings themselves: no file is read but the config."""
+
+from pathlib import Path
+
+import torch
+import yaml
+from detectron2.config import CfgNode
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
+
+from ...checkpoint.checkpointer import check_weights_exist
+from ...checkpoint.transplant import sge_builder
+from ...config import STAGES, SGEOptions, find_config, optimizer_name, sge_options
+from ...errors import UserError
+from .finding import Finding, finding_of
+
+# The learning rate of the paper's recipe for 16 images; another number of images scales it (the linear rule).
+_BASE_LR, _RETINANET_BASE_LR = 0.02, 0.01
+# Learning rates further than this factor from the rule are reported.
+_LR_FACTOR = 1.5
+
+
+def examine_settings(cfg: CfgNode, config_file: str = "", *, eval_only: bool = False) -> list[Finding]:
+    """What is wrong with the settings themselves; reads no file but the config."""
+    options = sge_options(cfg)
+    return [
+        *duplicate_keys(config_file),
+        *_mixed_precision(cfg),
+        *unregistered(cfg),
+        *_backbone_without_sge(cfg, options),
+        *wrong_groups(cfg, options),
+        *missing_weights(cfg),
+        *([] if eval_only else _learning_rate(cfg)),
+    ]
+
+
+def duplicate_keys(config_file: str) -> list[Finding]:
+    found, seen, queue = [], set(), [config_file]
+    while queue:
+        try:
+            path = find_config(queue.pop())
+            if path in seen:
+                continue
+            seen.add(path)
+            root = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)
+        except (UserError, yaml.YAMLError, OSError, UnicodeDecodeError):
+            continue  # load_config says so
+        for key, line in _repeated(root):
+            found.append(
+                Finding("error", key, f"{path} sets it twice, the second time in line {line}", "keep one of the two")
+            )
+        for key, value in root.value if isinstance(root, yaml.MappingNode) else []:
+            if key.value == "_BASE_":
+                bases = value.value if isinstance(value, yaml.SequenceNode) else [value]
+                queue += [str(Path(path).parent / base.value) for base in bases]
+    return found
+
+
+def _repeated(node: yaml.Node, prefix: str = "") -> list[tuple[str, int]]:
+    """The dotted keys that a mapping of ``node`` has more than once, with the line (from 1) of the repetition."""
+    if not isinstance(node, yaml.MappingNode):
+        return []
+    repeated, keys = [], set()
+    for key, value in node.value:
+        name = f"{prefix}{key.value}"
+        if name in keys:
+            repeated.append((name, key.start_mark.line + 1))
+        keys.add(name)
+        repeated += _repeated(value, f"{name}.")
+    return repeated
+
+
+def _mixed_precision(cfg: CfgNode) -> list[Finding]:
+    if not cfg.SOLVER.AMP.ENABLED or (cfg.MODEL.DEVICE != "cpu" and torch.cuda.is_available()):
+        return []
+    problem = "SOLVER.AMP.ENABLED True needs a GPU: Detectron2 trains with mixed precision on GPUs only"
+    return [Finding("error", "SOLVER.AMP.ENABLED", problem, "set it to False")]
+
+
+def unregistered(cfg: CfgNode) -> list[Finding]:
+    names = (
+        ("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY),
+        ("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY),
+    )
+    return [
+        Finding(
+            "error",
+            key,
+            f"{name!r} is not registered",
+            "import the package that defines it (import sge_det for SGE's), or correct the name",
+        )
+        for key, name, registry in names
+        if name not in registry
+    ]
+
+
+def _backbone_without_sge(cfg: CfgNode, options: SGEOptions) -> list[Finding]:
+    name = cfg.MODEL.BACKBONE.NAME
+    own = sge_builder(name)
+    if own is None or not options.enabled:
+        return []
+    return [
+        Finding(
+            "warning",
+            "MODEL.BACKBONE.NAME",
+            f"{name} builds a plain ResNet whatever MODEL.SGE says",
+            f"set it to {own}, or MODEL.SGE.ENABLED False",
+        )
+    ]
+
+
+def has_sge(cfg: CfgNode, options: SGEOptions) -> bool:
+    """Whether the model of ``cfg`` has SGE layers."""
+    return "sge" in cfg.MODEL.BACKBONE.NAME and options.is_sge
+
+
+def wrong_groups(cfg: CfgNode, options: SGEOptions) -> list[Finding]:
+    if not has_sge(cfg, options):
+        return []
+    for stage in options.stages:
+        channels = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS << STAGES.index(stage)
+        if options.groups < 1 or channels % options.groups:
+            return [
+                Finding(
+                    "error",
+                    "MODEL.SGE.GROUPS",
+                    f"{options.groups} does not divide the {channels} channels of {stage}",
+                    "set a divisor of them, or leave the stage out of MODEL.SGE.STAGES",
+                )
+            ]
+    return []
+
+
+def missing_weights(cfg: CfgNode) -> list[Finding]:
+    try:
+        check_weights_exist(cfg)
+    except UserError as error:
+        return [finding_of(error, "MODEL.WEIGHTS")]
+    return []
+
+
+def _learning_rate(cfg: CfgNode) -> list[Finding]:
+    solver = cfg.SOLVER
+    is_recipe = any(name.startswith("coco_") for name in cfg.DATASETS.TRAIN) and optimizer_name(cfg) == "SGD"
+    if not is_recipe or solver.IMS_PER_BATCH < 1:
+        return []
+    base = _RETINANET_BASE_LR if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else _BASE_LR
+    rule = base * solver.IMS_PER_BATCH / 16
+    if rule / _LR_FACTOR <= solver.BASE_LR <= rule * _LR_FACTOR:
+        return []
+    return [
+        Finding(
+            "warning",
+            "SOLVER.BASE_LR",
+            f"{solver.BASE_LR:g} at SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is {solver.BASE_LR / rule:.2g} times "
+            f"the recipe's ({base:g} for 16 images, in proportion)",
+            f"set SOLVER.BASE_LR {rule:g}, and MAX_ITER and STEPS for as many epochs",
+        )
+    ]

@@ -1,0 +1,134 @@
+"""What a run is made from: the config, the content of its files and the versions, and where two runs differ."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import detectron2
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+
+from .. import __version__
+from ..config import sge_options
+from ..errors import UserError
+
+FINGERPRINT_FILE = "fingerprint.json"
+# They say where and how fast a run goes, not what comes out of it.
+_FREE_KEYS = (
+    *("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD", "VIS_PERIOD"),
+    "MODEL.SGE.LOG_PERIOD",
+)
+
+
+def fingerprint(cfg: CfgNode, contents: "Contents", processes: int) -> dict:
+    """What the outcome of a run of ``cfg`` depends on.
+
+    Args:
+        contents: reads the files that ``cfg`` names, each once however many runs use it.
+        processes: the run's, on all machines.
+
+    Returns:
+        ``{"config": {key: value in Python's notation}, "content": {name: hash}, "version": {package: version},
+        "processes"}``, for JSON.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    return {
+        "config": what_counts(cfg),
+        "content": contents.of(cfg),
+        "version": {
+            "sge_det": __version__,
+            "Detectron2": detectron2.__version__,
+            "torch": torch.__version__.split("+")[0],
+        },
+        "processes": processes,
+    }
+
+
+class Contents:
+    """Content hashes of data sets and weights, each read once."""
+
+    def __init__(self):
+        self.known: dict[str, str] = {}
+
+    def of(self, cfg: CfgNode) -> dict[str, str]:
+        """The hashes of what ``cfg`` trains from, by name."""
+        hashes = {name: self._dataset(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)}
+        weights = cfg.MODEL.WEIGHTS
+        if weights and Path(weights).is_file():
+            hashes["MODEL.WEIGHTS"] = self._file(weights)
+        return hashes
+
+    def _dataset(self, name: str) -> str:
+        """Of the annotations, and of the names and sizes of their images."""
+        if name not in self.known:
+            metadata = MetadataCatalog.get(name)
+            if metadata.get("json_file") is None or metadata.get("image_root") is None:
+                raise UserError(
+                    f"the data set {name} is not in COCO's format on disk: the gain cannot be measured on it"
+                )
+            digest = hashlib.sha256(self._file(metadata.json_file).encode())
+            try:
+                for image in json.loads(Path(metadata.json_file).read_bytes())["images"]:
+                    size = os.stat(os.path.join(metadata.image_root, image["file_name"])).st_size
+                    digest.update(f"{image['file_name']} {size}\n".encode())
+            except FileNotFoundError as error:
+                raise UserError(f"data set {name}: the image {error.filename} is not there") from error
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{metadata.json_file} is not in COCO's format: {error}") from error
+            self.known[name] = digest.hexdigest()
+        return self.known[name]
+
+    def _file(self, path: str) -> str:
+        if path not in self.known:
+            try:
+                with open(path, "rb") as file:
+                    digest = hashlib.sha256()
+                    while block := file.read(1 << 20):
+                        digest.update(block)
+            except OSError as error:
+                raise UserError(f"{path} cannot be read: {error.strerror}") from error
+            self.known[path] = digest.hexdigest()
+        return self.known[path]
+
+
+def what_counts(cfg: CfgNode) -> dict[str, str]:
+    """The keys that a run's outcome depends on: what tunes SGE does not touch a detector without it."""
+    options, section = sge_options(cfg), "MODEL.SGE."
+    if not options.enabled:
+        own = {f"{section}ENABLED"}
+    elif not options.is_sge:
+        own = {f"{section}{key}" for key in ("ENABLED", "ATTENTION", "STAGES")}
+    else:
+        own = {f"{section}{key}" for key in cfg.MODEL.SGE}
+    return {
+        key: value for key, value in _flat(cfg) if key not in _FREE_KEYS and (key in own or not key.startswith(section))
+    }
+
+
+def _flat(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, repr(value)
+
+
+def differences(found: dict, wanted: dict) -> Iterator[str]:
+    """Where the fingerprint ``found`` differs from ``wanted``, a phrase for each, what counts most first."""
+    for part in ("config", "start", "content", "version"):
+        there, here = found.get(part, {}), wanted.get(part, {})
+        for key in [*here, *(key for key in there if key not in here)]:
+            if there.get(key) != here.get(key):
+                if part == "content":
+                    yield f"another content of {key}"
+                elif part == "start":
+                    yield f"weights of a run with {key} {there.get(key, 'absent')}, here {here.get(key, 'absent')}"
+                else:
+                    yield f"{key} {there.get(key, 'absent')}, this command has {here.get(key, 'absent')}"
+    if found.get("processes") != wanted["processes"]:
+        yield f"{found.get('processes')} processes, this command has {wanted['processes']}"

@@ -1,0 +1,109 @@
+"""One run of the matrix in a process of its own.
+
+python -m sge_det.gain.worker --config-file F ... OUTPUT_DIR D SEED K
+"""
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import filelock
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+
+from ..analysis.pointing import pointing_game
+from ..checkpoint.checkpointer import Checkpointer
+from ..config import sge_options
+from ..data.loader import build_test_loader
+from ..engine.training import argument_parser, build_seeded_model, launch, setup_config, start_run, train
+from ..errors import UserError, user_errors
+from ..files import write_json
+from ..modeling.gates import gate_statistics
+from .run import RESULT_FILE
+
+# What a dead worker leaves running ends by itself in less than this many seconds.
+_ORPHAN_SECONDS = 60
+
+
+def _train_and_record(args: argparse.Namespace) -> None:
+    import_modules(args.imports)
+    cfg = setup_config(args.config_file, args.opts, args.dataset)
+    start_run(cfg, args)
+    start = time.time()
+    results = train(cfg, resume=True)
+    if not comm.is_main_process():
+        return
+    folder = Path(cfg.OUTPUT_DIR)
+    shown = _what_gates_show(cfg)
+    for checkpoint in folder.glob("model_[0-9]*.pth*"):
+        checkpoint.unlink()
+    # the last file of a run, and what marks it as finished
+    record = {"schema": 1, "seconds": round(time.time() - start, 1), "results": results, **shown}
+    write_json(folder / RESULT_FILE, record)
+
+
+def _what_gates_show(cfg: CfgNode) -> dict:
+    """The gates' statistics and the pointing game's figures on the validation images; empty without SGE."""
+    if not sge_options(cfg).is_sge:
+        return {"gates": {}, "pointing": {}}
+    model = build_seeded_model(cfg)
+    Checkpointer(model, cfg.OUTPUT_DIR, whole_model=True).resume_or_load("", resume=True)
+    gates = gate_statistics(model, build_test_loader(cfg, cfg.DATASETS.TEST[0], alone=True))
+    try:
+        pointing = pointing_game(cfg, model)
+    except UserError as error:  # no objects to point at: no reason to lose the run
+        logging.getLogger(__name__).warning(f"the pointing game was not played: {error}")
+        pointing = {}
+    return {"gates": gates, "pointing": pointing}
+
+
+def import_modules(names: list[str]) -> None:
+    """Imports what registers backbones, data sets or heads of the user's own.
+
+    Raises:
+        UserError: there is no such module.
+    """
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(f"--import {name}: {error}") from error
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the worker that started it is gone: its end of the pipe at stdin closes then."""
+
+    def wait() -> None:
+        while os.read(sys.stdin.fileno(), 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def parser() -> argparse.ArgumentParser:
+    arguments = argument_parser(epilog=__doc__)
+    arguments.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
+    return arguments
+
+
+@user_errors
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    _end_with_parent()
+    folder = Path(dict(zip(args.opts[::2], args.opts[1::2]))["OUTPUT_DIR"])
+    name = ".run.lock" if args.machine_rank == 0 else f".run{args.machine_rank}.lock"
+    try:
+        with filelock.FileLock(folder / name, timeout=_ORPHAN_SECONDS):
+            launch(_train_and_record, args)
+    except filelock.Timeout as error:
+        raise UserError(f"{folder} is being trained by another process: wait for it, or end it") from error
+
+
+if __name__ == "__main__":
+    main()
