@@ -65,7 +65,7 @@ def replacing(path: str | Path) -> Iterator[Part]:
     """
     path = Path(path)
     try:
-        make_folder(path.parent)
+        _make_folder(path.parent)
         part = _part_of(path)
         file = _open_alone(part)
     except OSError as error:
@@ -142,11 +142,18 @@ def make_folder(folder: Path) -> None:
     """Makes a folder and those above it, so that they outlast a power cut.
 
     Raises:
-        OSError: it cannot be made.
+        UserError: it cannot be made.
     """
+    try:
+        _make_folder(folder)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
+def _make_folder(folder: Path) -> None:
     if folder.is_dir():
         return
-    make_folder(folder.parent)
+    _make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     sync_folder(folder.parent)
 
