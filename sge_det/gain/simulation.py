@@ -1,0 +1,469 @@
+"""Experiments without training: how often the intervals hold and the verdicts are false.
+
+Detectors are made up: their boxes miss annotated objects by errors that depend on the image, on the object, on the arm,
+and on a skill that the seed gives. All else is real: the boxes are matched and scored by COCO's rules, the images are
+resampled, and the intervals are those of a report. The true difference is known from a population of many images and
+of all skills, of which an experiment sees a few.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import hotcoco
+import numpy as np
+import scipy.optimize
+import scipy.special
+import scipy.stats
+from tabulate import tabulate
+
+from ..evaluation.bootstrap import Scorer
+from ..evaluation.matching import Matches, Objects
+from .inference import (
+    ALPHA,
+    MARGIN,
+    Interval,
+    both_interval,
+    image_interval,
+    outcome,
+    outcomes,
+    seed_interval,
+    sequential_levels,
+    welch_interval,
+)
+
+SEEDS = (3, 5, 10)
+EFFECTS = (0.0, 0.5, 1.0)
+CORRELATIONS = (-0.5, 0.0, 0.7)
+# Skills over seeds in standard deviations: some seeds of the skewed kind fail.
+NOISES = ("normal", "skewed")
+_SHAPE = 2.0
+# What one standard deviation of skill does to the logarithm of a box's error; about half an AP point.
+_SKILL = 0.015
+_LEAST_SKILL, _MOST_SKILL = -5.0, 6.0
+_WIDTH, _HEIGHT = 640, 480
+LOOKS = tuple(range(3, 11))
+ARMS = (2, 3, 6)
+
+
+@dataclass
+class Tally:
+    """Counts of experiments in which something was so, by what it is.
+
+    Experiments on the same draw of images are alike, so the standard error is that of the draws.
+    """
+
+    experiments: dict[str, int] = field(default_factory=dict)
+    hits: dict[str, int] = field(default_factory=dict)
+    draws: dict[str, int] = field(default_factory=dict)
+    squares: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, found: Sequence[bool]) -> None:
+        """Adds the experiments of one draw."""
+        hits = int(sum(found))
+        for counts, more in (
+            (self.experiments, len(found)),
+            (self.hits, hits),
+            (self.draws, 1),
+            (self.squares, hits**2),
+        ):
+            counts[name] = counts.get(name, 0) + more
+
+    def merge(self, other: "Tally") -> None:
+        """Adds the counts of other draws."""
+        for mine, theirs in zip(vars(self).values(), vars(other).values()):
+            for name, count in theirs.items():
+                mine[name] = mine.get(name, 0) + count
+
+    def rate(self, name: str) -> tuple[float, float]:
+        """The share in which it was so, and its standard error."""
+        draws, hits = self.draws[name], self.hits[name]
+        each = self.experiments[name] / draws
+        variance = max(self.squares[name] - hits**2 / draws, 0) / max(draws - 1, 1)
+        return hits / self.experiments[name], math.sqrt(variance / draws) / each
+
+
+class Population:
+    """Made-up detectors on a data set that stands for all images.
+
+    Attributes:
+        ap: (arms, detectors) true AP of each, in points; the detectors of an arm have evenly spread skills.
+
+    Args:
+        arms: kinds of detectors, each with images that it likes.
+        detectors: of each arm.
+        images: of the population.
+        seed: of all that is random.
+    """
+
+    def __init__(self, arms: int = 2, detectors: int = 24, images: int = 4000, seed: int = 0):
+        generator = np.random.default_rng(seed)
+        self.images = images
+        self.skills = np.linspace(_LEAST_SKILL, _MOST_SKILL, detectors)
+        self._shifts: dict[tuple[str, int, float], float] = {}
+        scene = _Scene(images, generator)
+        self.matches: list[list[Matches]] = []
+        for _ in range(arms):
+            liking = generator.normal(0, 0.1, images)
+            self.matches.append([scene.detect(skill, liking, generator) for skill in self.skills])
+        ones = np.ones((1, images), dtype=np.int32)
+        self.ap = np.array([[_ap(Scorer(matches), ones)[0] for matches in arm] for arm in self.matches])
+
+    def shares(self, noise: str, shift: float = 0.0) -> np.ndarray:
+        """(detectors,) how probable each is for a seed of an arm whose skills are ``shift`` above the mean."""
+        bounds = (self.skills[1:] + self.skills[:-1]) / 2 - shift
+        return np.diff(_cumulative(noise, bounds), prepend=0, append=1)
+
+    def shift(self, noise: str, arm: int, effect: float) -> float:
+        """How much above the mean the skills of an arm must be for its AP to be ``effect`` above that of the first."""
+        key = noise, arm, effect
+        if key not in self._shifts:
+            wanted = self.shares(noise) @ self.ap[0] + effect
+            self._shifts[key] = scipy.optimize.brentq(
+                lambda shift: float(self.shares(noise, shift) @ self.ap[arm] - wanted), -2, 4, xtol=1e-9
+            )
+        return self._shifts[key]
+
+    def seeds(
+        self, noise: str, shifts: Sequence[float], correlation: float, shape: tuple[int, ...], generator
+    ) -> np.ndarray:
+        """(arms, *shape) detectors of seeds whose skills correlate between arms."""
+        arms = len(shifts)
+        covariance = np.full((arms, arms), correlation) + (1 - correlation) * np.eye(arms)
+        normal = np.moveaxis(generator.multivariate_normal(np.zeros(arms), covariance, shape), -1, 0)
+        skills = normal if noise == "normal" else _skewed(normal)
+        bounds = (self.skills[1:] + self.skills[:-1]) / 2
+        return np.stack([np.searchsorted(bounds, of_arm + shift) for of_arm, shift in zip(skills, shifts)])
+
+    def draw(self, images: int, samples: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Draws images for an experiment, and again from them for the bootstrap.
+
+        Returns:
+            AP of each detector on them (arms, detectors) and for each bootstrap sample (arms, detectors, samples).
+        """
+        drawn, counts = np.unique(generator.integers(self.images, size=images), return_counts=True)
+        place = np.full(self.images, -1, dtype=np.int32)
+        place[drawn] = np.arange(len(drawn))
+        weights = generator.multinomial(images, counts / images, samples)
+        weights = np.concatenate([counts[None], weights]).astype(np.int32)
+        ap = np.empty((len(self.matches), len(self.skills), samples + 1))
+        for arm, detectors in enumerate(self.matches):
+            for detector, matches in enumerate(detectors):
+                scorer = Scorer(_on(matches, drawn, place))
+                for start in range(0, samples + 1, scorer.rows):
+                    ap[arm, detector, start : start + scorer.rows] = _ap(scorer, weights[start : start + scorer.rows])
+        return ap[:, :, 0], ap[:, :, 1:]
+
+
+class _Scene:
+    """Images of one category with objects, and background that looks like some."""
+
+    def __init__(self, images: int, generator: np.random.Generator):
+        self.image = np.repeat(np.arange(images), 1 + generator.poisson(0.5, images))
+        self.boxes = _boxes(len(self.image), generator)
+        hard = generator.normal(0, 0.4, images)
+        self.hard = hard[self.image] + generator.normal(0, 0.4, len(self.image))
+        self.background = np.repeat(np.arange(images), generator.poisson(0.6, images))
+        self.ghosts = _boxes(len(self.background), generator)
+        self.likeness = generator.normal(-1, 0.7, len(self.background))
+        annotations = [
+            {"id": place, "image_id": image, "category_id": 1, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+            for place, (image, box) in enumerate(zip(self.image.tolist(), self.boxes.tolist()), 1)
+        ]
+        entries = [{"id": image, "file_name": "", "width": _WIDTH, "height": _HEIGHT} for image in range(images)]
+        content = {"images": entries, "categories": [{"id": 1, "name": "thing"}], "annotations": annotations}
+        self.objects = Objects(hotcoco.COCO(content), "bbox", content, areas=("all",))
+
+    def detect(self, skill: float, liking: np.ndarray, generator: np.random.Generator) -> Matches:
+        """The matches of a detector's boxes."""
+        count = len(self.image)
+        error = self.hard - _SKILL * skill - liking[self.image] + generator.normal(0, 0.3, count)
+        moved = generator.normal(0, 0.085 * np.exp(error)[:, None], (count, 4))
+        boxes = self.boxes.copy()
+        boxes[:, :2] += moved[:, :2] * self.boxes[:, 2:]
+        boxes[:, 2:] *= np.exp(moved[:, 2:])
+        found = generator.random(count) > scipy.special.expit(-2.2 + 1.5 * error)
+        score = scipy.special.expit(1 - 1.2 * error + generator.normal(0, 0.7, count))
+        seen = generator.random(len(self.background)) < 0.7
+        likeness = scipy.special.expit(self.likeness + generator.normal(0, 0.7, len(self.background)))
+        return self.objects.match(
+            [
+                {"image_id": image, "category_id": 1, "bbox": box, "score": value}
+                for image, box, value in zip(
+                    np.concatenate([self.image[found], self.background[seen]]).tolist(),
+                    np.concatenate([boxes[found], self.ghosts[seen]]).tolist(),
+                    np.concatenate([score[found], likeness[seen]]).tolist(),
+                )
+            ]
+        )
+
+
+def _boxes(count: int, generator: np.random.Generator) -> np.ndarray:
+    sizes = np.exp(generator.normal(4.2, 0.6, (count, 2))).clip(12, 300)
+    return np.concatenate([generator.uniform(0, [_WIDTH, _HEIGHT] - sizes), sizes], axis=1)
+
+
+def _on(matches: Matches, drawn: np.ndarray, place: np.ndarray) -> Matches:
+    """The matches on the images ``drawn``, whose new places ``place`` has; -1 for the others."""
+    image = place[matches.image]
+    kept = image >= 0
+    rows = matches.category[kept], matches.positive[kept], matches.ignored[kept]
+    return Matches(image[kept], *rows, matches.objects[drawn])
+
+
+def _ap(scorer: Scorer, weights: np.ndarray) -> np.ndarray:
+    precision, _ = scorer(weights)
+    return 100 * precision[:, 0, :, 0].mean(1)
+
+
+def _skewed(normal: np.ndarray) -> np.ndarray:
+    """A gamma distribution's values turned round, with mean 0 and standard deviation 1, skewness -1.4."""
+    return (_SHAPE - scipy.stats.gamma.ppf(scipy.stats.norm.cdf(-normal), _SHAPE)) / math.sqrt(_SHAPE)
+
+
+def _cumulative(noise: str, bounds: np.ndarray) -> np.ndarray:
+    if noise == "normal":
+        return scipy.stats.norm.cdf(bounds)
+    return scipy.stats.gamma.sf(_SHAPE - bounds * math.sqrt(_SHAPE), _SHAPE)
+
+
+def simulate(
+    population: Population, images: int, draws: int, experiments: int, *, samples: int = 200, seed: int = 0
+) -> Iterator[Tally]:
+    """Simulates experiments with two arms, and with as many as the population has.
+
+    Args:
+        images: of the validation set of an experiment.
+        draws: of such sets; each yields a tally.
+        experiments: on each set and of each kind.
+        samples: of the bootstrap.
+    """
+    generator = np.random.default_rng([seed, images])
+    for _ in range(draws):
+        ap, resampled = population.draw(images, samples, generator)
+        study = _Study(population, images, ap, resampled, experiments, generator, Tally())
+        for noise in NOISES:
+            for effect in EFFECTS:
+                for correlation in CORRELATIONS:
+                    for seeds in SEEDS:
+                        study.two_arms(noise, effect, correlation, seeds)
+                study.with_looks(noise, effect)
+            for arms in ARMS:
+                if arms <= len(population.matches):
+                    study.several_arms(noise, arms)
+        yield study.tally
+
+
+@dataclass
+class _Study:
+    """Experiments on one draw of images."""
+
+    population: Population
+    images: int
+    ap: np.ndarray
+    resampled: np.ndarray
+    experiments: int
+    generator: np.random.Generator
+    tally: Tally
+
+    def two_arms(self, noise: str, effect: float, correlation: float, seeds: int) -> None:
+        """Coverage of each interval, for what it speaks of, and outcomes of the verdict."""
+        shifts = [0.0, self.population.shift(noise, 1, effect)]
+        here = np.subtract(*(self.population.shares(noise, shifts[arm]) @ self.ap[arm] for arm in (1, 0)))
+        chosen = self.population.seeds(noise, shifts, correlation, (self.experiments, seeds), self.generator)
+        found: dict[str, list[bool]] = {}
+        for a, b in zip(*chosen):
+            reference, arm = self.ap[0, a], self.ap[1, b]
+            samples = self.resampled[0, a], self.resampled[1, b]
+            both = both_interval(reference, arm, *samples, self.images)
+            of_these = float(self.population.ap[1, b].mean() - self.population.ap[0, a].mean())
+            over_images = image_interval(
+                float(arm.mean() - reference.mean()), (samples[1] - samples[0]).mean(0), self.images
+            )
+            unpaired = both_interval(reference, arm, *samples, self.images, paired=False)
+            for name, interval, truth in (
+                ("seeds", seed_interval(arm - reference), here),
+                ("welch", welch_interval(reference, arm), here),
+                ("images", over_images, of_these),
+                ("both", both, effect),
+                ("both, unpaired", unpaired, effect),
+                ("seeds, of new images", seed_interval(arm - reference), effect),
+                ("images, of new seeds", over_images, effect),
+            ):
+                found.setdefault(f"covers: {name}", []).append(_covers(interval, truth))
+            for name, interval in (("paired", both), ("unpaired", unpaired)):
+                verdict = outcome(interval, MARGIN)
+                for which in ("gain", "loss", "no relevant difference"):
+                    found.setdefault(f"{which}: {name}", []).append(verdict == which)
+        self._keep(("two arms", noise, effect, correlation, seeds), found)
+
+    def with_looks(self, noise: str, effect: float) -> None:
+        """A look at 3, 4, ... 10 seeds, until there is an answer; with the levels of looks, and with none."""
+        shifts = [0.0, self.population.shift(noise, 1, effect)]
+        chosen = self.population.seeds(noise, shifts, 0.0, (self.experiments, LOOKS[-1]), self.generator)
+        found: dict[str, list[bool]] = {}
+        for a, b in zip(*chosen):
+            intervals = [
+                both_interval(
+                    self.ap[0, a[:look]],
+                    self.ap[1, b[:look]],
+                    self.resampled[0, a[:look]],
+                    self.resampled[1, b[:look]],
+                    self.images,
+                )
+                for look in LOOKS
+            ]
+            for name, levels in (("with levels", sequential_levels(LOOKS)), ("without", (ALPHA,) * len(LOOKS))):
+                verdict, last, look = _decided(intervals, levels)
+                for which in ("gain", "loss", "no relevant difference"):
+                    found.setdefault(f"{which}: {name}", []).append(verdict == which)
+                found.setdefault(f"covers: {name}", []).append(_covers(last, effect))
+                found.setdefault(f"before {LOOKS[-1]} seeds: {name}", []).append(look < LOOKS[-1])
+        self._keep(("looks", noise, effect), found)
+
+    def several_arms(self, noise: str, arms: int, seeds: int = 5) -> None:
+        """Arms of equal AP: whether any is told as a gain or a loss, with Holm's correction and without."""
+        shifts = [self.population.shift(noise, arm, 0.0) for arm in range(arms)]
+        chosen = self.population.seeds(noise, shifts, 0.0, (self.experiments, seeds), self.generator)
+        found: dict[str, list[bool]] = {"Holm": [], "uncorrected": []}
+        for experiment in range(self.experiments):
+            of_arms = chosen[:, experiment]
+            intervals = [
+                both_interval(
+                    self.ap[0, of_arms[0]],
+                    self.ap[arm, of_arms[arm]],
+                    self.resampled[0, of_arms[0]],
+                    self.resampled[arm, of_arms[arm]],
+                    self.images,
+                )
+                for arm in range(1, arms)
+            ]
+            corrected = [each.outcome for each in outcomes(intervals)]
+            alone = [outcome(interval) for interval in intervals]
+            for name, verdicts in (("Holm", corrected), ("uncorrected", alone)):
+                found[name].append(any(verdict in ("gain", "loss") for verdict in verdicts))
+        self._keep(("arms", noise, arms), found)
+
+    def _keep(self, cell: tuple, found: dict[str, list[bool]]) -> None:
+        for name, hits in found.items():
+            self.tally.add("|".join(map(str, (self.images, *cell, name))), hits)
+
+
+def _covers(interval: Interval | None, truth: float) -> bool:
+    return interval is not None and interval.low <= truth <= interval.high
+
+
+def _decided(intervals: Sequence[Interval], levels: Sequence[float]) -> tuple[str, Interval, int]:
+    """The first answer, the interval at it with the level of its look, and the number of seeds."""
+    verdicts = [outcome(interval, MARGIN, level) for interval, level in zip(intervals, levels)]
+    stop = next((place for place, verdict in enumerate(verdicts) if verdict != "undecided"), len(LOOKS) - 1)
+    return verdicts[stop], intervals[stop].at(1 - levels[stop]), LOOKS[stop]
+
+
+def coverage_report(tally: Tally) -> str:
+    """The counts of :func:`simulate` as Markdown tables, in per cent."""
+    cells = sorted({name.rpartition("|")[0] for name in tally.hits}, key=_natural)
+    two_arms, looks, arms = ([c for c in cells if c.split("|")[1] == kind] for kind in ("two arms", "looks", "arms"))
+    experiments = [tally.experiments[name] for name in tally.hits]
+    error = max(tally.rate(name)[1] for name in tally.hits)
+    parts = [
+        f"{min(experiments)} experiments of each kind at least. The standard error of a share is at most "
+        f"{100 * error:.1f}; experiments on the same draw of images are alike, which it knows. A range is over all "
+        "correlations, and effects where none is named.",
+        "## How often a 95% interval holds the truth",
+        _table(
+            ("images", "seeds", "noise", *COVERED),
+            [
+                [*row, *(_range(tally, of, [f"covers: {name}"]) for name in COVERED)]
+                for row, of in _grouped(two_arms, (0, 5, 2))
+            ],
+        ),
+        "`seeds` and `welch` are held against the mean over new seeds on the same images, `images` against the same "
+        "detectors on all images, `both` against new seeds on all images. The last two columns take an interval for "
+        "what it does not speak of.",
+        "## How often a verdict is false, one arm against a reference",
+        _table(
+            (
+                *("images", "seeds", "noise"),
+                *("0: gain or loss, paired", "0: unpaired", "0.5 or 1: loss", "0.5 or 1: no relevant difference"),
+                *("0.5: gain", "1: gain"),
+            ),
+            [
+                [
+                    *row,
+                    *(_range(tally, _having(of, 3, "0.0"), [f"gain: {w}", f"loss: {w}"]) for w in _PAIRED),
+                    *(
+                        _range(tally, _having(of, 3, "0.5", "1.0"), [f"{which}: paired"])
+                        for which in ("loss", "no relevant difference")
+                    ),
+                    *(_range(tally, _having(of, 3, effect), ["gain: paired"]) for effect in ("0.5", "1.0")),
+                ]
+                for row, of in _grouped(two_arms, (0, 5, 2))
+            ],
+        ),
+        f"By the true difference in AP points; margin {MARGIN:g}. The last two columns are right, not false.",
+    ]
+    if looks:
+        found = (
+            ("false", "with levels"),
+            ("false", "without"),
+            ("covers", "with levels"),
+            ("covers", "without"),
+            (f"before {LOOKS[-1]} seeds", "with levels"),
+        )
+        rows = [
+            [*row, *(_range(tally, of, _looked(of[0], what, how)) for what, how in found)]
+            for row, of in _grouped(looks, (0, 3, 2))
+        ]
+        header = (*("images", "difference", "noise"), *(f"{what}, {how}" for what, how in found))
+        parts += [f"## Looks at {LOOKS[0]} to {LOOKS[-1]} seeds, until there is an answer", _table(header, rows)]
+    if arms:
+        rows = [
+            [*row, *(_range(tally, of, [how]) for how in ("Holm", "uncorrected"))]
+            for row, of in _grouped(arms, (0, 3, 2))
+        ]
+        header = ("images", "arms", "noise", "any false gain or loss, Holm", "uncorrected")
+        parts += ["## Arms of equal AP, five seeds", _table(header, rows)]
+    return "\n\n".join(parts)
+
+
+COVERED = ("seeds", "welch", "images", "both", "both, unpaired", "seeds, of new images", "images, of new seeds")
+_PAIRED = ("paired", "unpaired")
+
+
+def _natural(cell: str) -> list[tuple[float, str]]:
+    return [
+        (float(part), "") if part.replace(".", "").lstrip("-").isdigit() else (0.0, part) for part in cell.split("|")
+    ]
+
+
+def _grouped(cells: Sequence[str], places: Sequence[int]) -> list[tuple[list[str], list[str]]]:
+    """Cells by their parts at ``places``, with these."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for cell in cells:
+        groups.setdefault(tuple(cell.split("|")[place] for place in places), []).append(cell)
+    return [(list(key), groups[key]) for key in sorted(groups, key=lambda key: _natural("|".join(key)))]
+
+
+def _having(cells: Sequence[str], place: int, *values: str) -> list[str]:
+    return [cell for cell in cells if cell.split("|")[place] in values]
+
+
+def _looked(cell: str, what: str, how: str) -> list[str]:
+    """What is false depends on the truth: at 0 a gain or a loss, else a loss or no relevant difference."""
+    if what != "false":
+        return [f"{what}: {how}"]
+    return [
+        f"{which}: {how}" for which in ("loss", "gain" if cell.split("|")[3] == "0.0" else "no relevant difference")
+    ]
+
+
+def _range(tally: Tally, cells: Sequence[str], names: Sequence[str]) -> str:
+    """The least and the greatest share of any of ``names`` among cells."""
+    shares = [100 * sum(tally.rate(f"{cell}|{name}")[0] for name in names) for cell in cells]
+    low, high = f"{min(shares):.1f}", f"{max(shares):.1f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return tabulate(rows, header, tablefmt="github", disable_numparse=True, colalign=("right",) * len(header))

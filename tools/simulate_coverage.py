@@ -1,0 +1,58 @@
+"""How often the intervals hold and the verdicts are false, in simulated experiments without training.
+
+simulate_coverage.py                                        a minute or two: a first impression
+simulate_coverage.py --experiments 10000 --output sim       hours of one core; also writes sim.json and sim.md
+simulate_coverage.py --experiments 500 --seed 1 --output part1      a slice; give each its own seed
+simulate_coverage.py --merge part1.json part2.json --output sim     slices together
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from sge_det.errors import user_errors
+from sge_det.files import write_file, write_json
+from sge_det.gain.simulation import Population, Tally, coverage_report, simulate
+
+
+def parser() -> argparse.ArgumentParser:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = arguments.add_argument
+    add("--experiments", type=int, default=200, metavar="N", help="of each kind (default: 200)")
+    add("--each", type=int, default=20, metavar="N", help="experiments on the same draw of images (default: 20)")
+    add("--images", type=int, nargs="+", default=[60, 1000], metavar="N", help="validation images of an experiment")
+    add("--arms", type=int, default=6, metavar="N", help="arms of the largest comparison (default: 6)")
+    add("--population", type=int, default=4000, metavar="N", help="images that stand for all (default: 4000)")
+    add("--samples", type=int, default=200, metavar="N", help="of the bootstrap (default: 200)")
+    add("--seed", type=int, default=0, help="of all that is random")
+    add("--merge", type=Path, nargs="+", metavar="FILE", help="add up the counts of these files, simulate nothing")
+    add("--output", type=Path, metavar="PATH", help="also write PATH.json (counts) and PATH.md (tables)")
+    return arguments
+
+
+@user_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    tally = Tally()
+    if args.merge:
+        for path in args.merge:
+            tally.merge(Tally(**json.loads(path.read_text())))
+    else:
+        population = Population(arms=args.arms, images=args.population, seed=args.seed)
+        draws = -(-args.experiments // args.each)
+        for images in args.images:
+            found = simulate(population, images, draws, args.each, samples=args.samples, seed=args.seed)
+            for counts in tqdm(found, desc=f"{images} images", total=draws, unit="draw", leave=False):
+                tally.merge(counts)
+    report = coverage_report(tally)
+    print(report)
+    if args.output:
+        write_json(args.output.with_suffix(".json"), vars(tally))
+        write_file(args.output.with_suffix(".md"), report + "\n")
+
+
+if __name__ == "__main__":
+    main()
