@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from sge_det.analysis.inputs import find_files, report_faults, split_input
+from sge_det.analysis.inputs import add_layer_options, parse_inputs, report_faults
 from sge_det.analysis.predict import predict
 from sge_det.analysis.predictor import setup_prediction
 from sge_det.engine.training import add_dataset_option
@@ -23,20 +23,15 @@ def parser() -> argparse.ArgumentParser:
     add("--config-file", required=True, metavar="F", help="the detector, plain or with SGE")
     add("--input", required=True, nargs="+", metavar="PATH", help="images, folders, globs or videos")
     add("--output", required=True, type=Path, metavar="DIR", help="folder of the drawings and of predictions.json")
-    add("--confidence", type=float, default=0.5, metavar="C", help="least score, 0-1 (default %(default)s)")
     add("--attention", action="store_true", help="draw the mean gate of an SGE block beside the detections")
-    add("--stage", default="res5", metavar="S", help="of that block (default %(default)s)")
-    add("--block", type=int, default=-1, metavar="K", help="its number in the stage; -1 is the last (the default)")
+    add_layer_options(arguments)
     add_dataset_option(arguments, "the data set whose classes the model knows, where DATASETS.TEST is not there")
-    add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     return arguments
 
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parser().parse_intermixed_args(argv)
-    inputs, overrides = split_input(args.input, args.opts)
-    files = find_files(inputs)
+    args, files, overrides = parse_inputs(parser(), argv)
     cfg = setup_prediction(args.config_file, overrides, args.dataset)
     path, faults = predict(
         cfg,

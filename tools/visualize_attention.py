@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from sge_det.analysis.inputs import find_files, report_faults, split_input
+from sge_det.analysis.inputs import add_layer_options, parse_inputs, report_faults
 from sge_det.analysis.predictor import setup_prediction
 from sge_det.analysis.visualize import BLOCKS_FIGURE, visualize_dataset, visualize_images
 from sge_det.engine.training import add_dataset_option, setup_config
@@ -26,8 +26,7 @@ def parser() -> argparse.ArgumentParser:
     add("--config-file", required=True, metavar="F", help="the detector with SGE")
     add("--input", nargs="+", default=[], metavar="IMAGE", help="images, folders of images or globs")
     add("--output", required=True, type=Path, metavar="DIR", help="folder of the figures")
-    add("--stage", default="res5", metavar="S", help="res2 to res5 (default %(default)s)")
-    add("--block", type=int, default=-1, metavar="K", help="its block, from 0; -1 is the last (the default)")
+    add_layer_options(arguments)
     add(
         "--groups",
         default="top:8",
@@ -35,20 +34,16 @@ def parser() -> argparse.ArgumentParser:
         help="top:N, those that vary most over the image; all; or numbers, 3,17 (default %(default)s)",
     )
     add("--compare-weights", default="", metavar="W2", help="weights that are shown beside MODEL.WEIGHTS")
-    add("--confidence", type=float, default=0.5, metavar="C", help="least score drawn, 0-1 (default %(default)s)")
     add_dataset_option(
         arguments, "register a COCO-format data set, as in train_net.py; its blocks' figure is made with --input too"
     )
     add("--limit", type=int, metavar="N", help="the first N images of the data set (default: all)")
-    add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     return arguments
 
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parser().parse_intermixed_args(argv)
-    inputs, overrides = split_input(args.input, args.opts)
-    files = find_files(inputs) if inputs else []
+    args, files, overrides = parse_inputs(parser(), argv)
     faults: dict[Path, str] = {}
     if files:
         cfg = setup_prediction(args.config_file, overrides, args.dataset)

@@ -1,5 +1,6 @@
 """What people give to be looked at: images and videos, as files, folders and globs."""
 
+import argparse
 import glob
 import os
 import re
@@ -10,6 +11,31 @@ from ..errors import UserError
 
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 VIDEOS = {".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv"}
+
+
+def add_layer_options(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--stage`` and ``--block``, which name an SGE layer, and ``--confidence``."""
+    add = parser.add_argument
+    add("--stage", default="res5", metavar="S", help="of the SGE layer, res2 to res5 (default %(default)s)")
+    add("--block", type=int, default=-1, metavar="K", help="its block in the stage, from 0; -1 is the last (default)")
+    add("--confidence", type=float, default=0.5, metavar="C", help="least score drawn, 0-1 (default %(default)s)")
+
+
+def parse_inputs(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, list[Path], list[str]]:
+    """Parses a command line with ``--input`` and KEY VALUE pairs at its end, the last option that ``parser`` gets.
+
+    Returns:
+        the arguments, the files that ``--input`` names (none where it was not given), and the KEY VALUE pairs.
+
+    Raises:
+        UserError: ``--input`` names something that is not there.
+    """
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
+    args = parser.parse_intermixed_args(argv)
+    inputs, overrides = split_input(args.input, args.opts)
+    return args, find_files(inputs) if args.input else [], overrides
 
 
 def split_input(inputs: Sequence[str], overrides: Sequence[str]) -> tuple[list[str], list[str]]:
