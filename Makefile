@@ -32,7 +32,7 @@ test: install  ## run the tests
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
 fuzz: install  ## read thousands of damaged and hostile weights files
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -W ignore tests/torture/fuzz_weights.py --mutated 2000 --crafted 500
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -W ignore tests/torture/fuzz_weights.py --mutated 2000 --crafted 500 --odd 500
 
 lint: install  ## check style and formatting
 	$(VENV)/bin/python -m ruff check .

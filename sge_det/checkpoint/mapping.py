@@ -1,7 +1,8 @@
 """Names and layouts: from each kind of weights to Detectron2's."""
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -100,10 +101,27 @@ def to_detectron2(source: Source) -> Renamed:
             result.dropped[origins[key]] = change
             continue
         result.names[origins[key]] = name
-        result.state[name] = _sge_shape(name, change(value) if change else value)
+        try:
+            changed = change(value) if change else value
+        except (RuntimeError, IndexError) as error:
+            raise UserError(
+                f"{source.path} is {source.description}, but {key} has the shape {tuple(value.shape)}: it is another "
+                "model"
+            ) from error
+        result.state[name] = _sge_shape(name, changed)
     if source.kind == "caffe2" and any("_bn_" in key for key in origins.values()):
         _complete_affine_norms(result)
     return result
+
+
+def _sizes(state: Mapping[str, Tensor], key: str, path: str, rank: int = 1) -> tuple[int, ...]:
+    """The first ``rank`` sizes of a tensor that has to be there, none of them 0."""
+    if key not in state:
+        raise UserError(f"{path} lacks {key}: it is no whole model")
+    sizes = tuple(state[key].shape[:rank])
+    if len(sizes) < rank or 0 in sizes:
+        raise UserError(f"{path}: {key} has the shape {tuple(state[key].shape)}, which is no layer's")
+    return sizes
 
 
 def _complete_affine_norms(result: Renamed) -> None:
@@ -166,11 +184,11 @@ def _mmdet_rename(source: Source) -> Callable[[str, Tensor], tuple[str, Transfor
     state = source.state
     anchors = _RATIOS
     if retinanet:
-        anchors = state["bbox_head.retina_reg.weight"].shape[0] // 4
-        if anchors % _RATIOS:
+        anchors = _sizes(state, "bbox_head.retina_reg.weight", source.path)[0] // 4
+        if anchors < 1 or anchors % _RATIOS:
             raise UserError(f"{source.path} has {anchors} anchors a location, no multiple of {_RATIOS} aspect ratios")
     elif "rpn_head.rpn_cls.weight" in state:
-        scores, deltas = (state[f"rpn_head.rpn_{name}.weight"].shape[0] for name in ("cls", "reg"))
+        scores, deltas = (_sizes(state, f"rpn_head.rpn_{name}.weight", source.path)[0] for name in ("cls", "reg"))
         if 4 * scores != deltas:
             raise UserError(f"{source.path} has an RPN of {scores} scores for {deltas // 4} anchors: not a sigmoid's")
 
@@ -193,7 +211,7 @@ def _mmdet_rename(source: Source) -> Callable[[str, Tensor], tuple[str, Transfor
         if layer == "fc_cls":
             return f"roi_heads.box_predictor.{stage}cls_score.{kind}", _background_last
         if layer == "fc_reg":
-            agnostic = state[key].shape[0] == 4
+            agnostic = _sizes(state, key, source.path)[0] == 4
             return f"roi_heads.box_predictor.{stage}bbox_pred.{kind}", None if agnostic else _without_background_box
         return None
 
@@ -214,7 +232,7 @@ def _mmdet_rename(source: Source) -> Callable[[str, Tensor], tuple[str, Transfor
         if part := re.fullmatch(r"mask_head\.upsample\.(weight|bias)", key):
             return f"roi_heads.mask_head.deconv.{part[1]}", None
         if part := re.fullmatch(r"mask_head\.conv_logits\.(weight|bias)", key):
-            agnostic = state[key].shape[0] == 1
+            agnostic = _sizes(state, key, source.path)[0] == 1
             return f"roi_heads.mask_head.predictor.{part[1]}", None if agnostic else _without_background
         return None
 
@@ -298,21 +316,19 @@ def resnet_shape(state: dict[str, Tensor], path: str) -> ResNetShape:
         has_sge = any(key.startswith(f"{prefix}{stage}.") and is_sge_key(key) for key in state)
         for block in (f"{prefix}{stage}.{number}" for number in sorted(blocks)):
 
-            def find(name: str, block: str = block) -> Tensor:
-                if f"{block}.{name}" not in state:
-                    raise UserError(f"{path} lacks {block}.{name}: it is no whole ResNet")
-                return state[f"{block}.{name}"]
+            def find(name: str, rank: int = 1, block: str = block) -> tuple[int, ...]:
+                return _sizes(state, f"{block}.{name}", path, rank)
 
             convs = [f"conv{number}" for number in range(1, last + 1)]
-            channels = find(f"conv{last}.weight").shape[0]
-            if find("conv1.weight").shape[1] != channels:
+            channels = find(f"conv{last}.weight", 4)[0]
+            if find("conv1.weight", 4)[1] != channels:
                 convs.append("shortcut")
             for name in convs:
                 find(f"{name}.weight")
                 for part in sorted(norm):
                     find(f"{name}.norm.{part}")
             if has_sge:
-                weight, bias = find("sge.weight").numel(), find("sge.bias").numel()
+                weight, bias = (math.prod(find(f"sge.{part}", 4)) for part in ("weight", "bias"))
                 if weight != bias:
                     raise UserError(f"{path}: {block}.sge has {weight} weights for {bias} biases")
                 if channels % weight:

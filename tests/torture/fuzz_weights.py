@@ -1,6 +1,6 @@
 """Damaged and hostile weights files by the thousand: each is read correctly or refused with a UserError.
 
-python tests/torture/fuzz_weights.py --mutated 2000 --crafted 500
+python tests/torture/fuzz_weights.py --mutated 2000 --crafted 500 --odd 500
 
 Files are read in child processes with a memory limit. A signal, an exception that is not UserError, a read that takes
 too long, memory that is not the file's, and a file left behind by a refused conversion are failures, and are printed
@@ -12,6 +12,7 @@ import io
 import os
 import pickle
 import random
+import re
 import resource
 import signal
 import struct
@@ -263,11 +264,124 @@ def _legacy_head() -> bytes:
     return b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, info))
 
 
-def make(number: int, mutated: int, files: list[tuple[str, bytes]]) -> tuple[str, bytes]:
+def rename(state: dict[str, torch.Tensor], *patterns: tuple[str, str]) -> dict[str, torch.Tensor]:
+    result = {}
+    for key, value in state.items():
+        for pattern, replacement in patterns:
+            key = re.sub(pattern, replacement, key)
+        result[key] = value
+    return result
+
+
+def kinds_of_states() -> list[dict[str, torch.Tensor]]:
+    """A state of each kind that the converter knows, with few channels."""
+    plain = resnet()
+    sge = plain | {
+        f"layer{n}.{b}.sge.{part}": torch.rand(1, 2, 1, 1)
+        for n in range(1, 5)
+        for b in (0, 1)
+        for part in ("weight", "bias")
+    }
+    backbone = rename(
+        plain,
+        (r"^layer(\d)", lambda found: f"res{int(found[1]) + 1}"),
+        (r"\bbn(\d)\b", r"conv\1.norm"),
+        (r"downsample\.0", "shortcut"),
+        (r"downsample\.1", "shortcut.norm"),
+        (r"^conv1", "stem.conv1"),
+    )
+    c2 = rename(
+        backbone,
+        (r"^stem\.conv1\.norm\.weight", "res_conv1_bn_s"),
+        (r"^stem\.conv1\.weight", "conv1_w"),
+        (r"^res(\d)\.(\d)\.conv1\.weight", r"res\1_\2_branch2a_w"),
+        (r"^res(\d)\.(\d)\.conv1\.norm\.weight", r"res\1_\2_branch2a_bn_s"),
+        (r"^res(\d)\.(\d)\.conv2\.weight", r"res\1_\2_branch2b_w"),
+        (r"^res(\d)\.(\d)\.shortcut\.weight", r"res\1_\2_branch1_w"),
+    )
+    detector = {f"backbone.bottom_up.{key}": value for key, value in backbone.items()}
+    detector |= {"pixel_mean": torch.rand(3, 1, 1), "pixel_std": torch.rand(3, 1, 1), "roi_heads.a": torch.rand(2)}
+    mmdet = {f"backbone.{key}": value for key, value in plain.items()}
+    for level in range(4):
+        mmdet[f"neck.lateral_convs.{level}.conv.weight"] = torch.rand(2, 2, 1, 1)
+        mmdet[f"neck.fpn_convs.{level}.conv.weight"] = torch.rand(2, 2, 3, 3)
+    rpn = {
+        f"rpn_head.rpn_{part}.weight": torch.rand(size, 2, 1, 1)
+        for part, size in (("conv", 2), ("cls", 3), ("reg", 12))
+    }
+    heads = {"bbox_head.fc_cls.weight": torch.rand(5, 4), "bbox_head.fc_reg.weight": torch.rand(20, 4)}
+    heads |= {"bbox_head.shared_fcs.0.weight": torch.rand(4, 8)}
+    masks = {"mask_head.conv_logits.weight": torch.rand(5, 2, 1, 1), "mask_head.upsample.bias": torch.rand(2)}
+    cascade = rename(heads, (r"^bbox_head\.", "bbox_head.0."))
+    retina = {
+        "bbox_head.retina_cls.weight": torch.rand(36, 2, 3, 3),
+        "bbox_head.retina_reg.weight": torch.rand(36, 2, 3, 3),
+    }
+    timm = rename(sge, (r"\.sge\.", ".se."))
+    return [
+        *(plain, sge, timm, backbone, c2, detector, mmdet | rpn | heads, mmdet | rpn | heads | masks),
+        *(mmdet | rpn | cascade, mmdet | retina),
+    ]
+
+
+SHAPES = [
+    (),
+    (0,),
+    (1,),
+    (2,),
+    (3,),
+    (1, 1),
+    (2, 2),
+    (0, 2, 1, 1),
+    (2, 0, 1, 1),
+    (1, 2, 1, 1),
+    (4, 4, 3, 3),
+    (2, 2, 3, 3, 1),
+]
+
+
+def odd_file(rng: random.Random) -> tuple[str, bytes]:
+    """Weights of a known kind with tensors that are missing, renamed, or of another shape and kind of numbers."""
+    state = dict(rng.choice(kinds_of_states()))
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        key = rng.choice([*list(state), *(key for key in state if not re.search(r"bn|norm|layer|res\d", key))])
+        value = torch.rand(rng.choice(SHAPES))
+        kind = rng.randrange(6)
+        if kind == 0:
+            del state[key]
+        elif kind == 1:
+            state[key + rng.choice(["", ".x", "_momentum", ".num_batches_tracked"])] = value
+        elif kind == 2:
+            state[key] = value.to(rng.choice([torch.int64, torch.bool, torch.complex64, torch.float16, torch.uint8]))
+        elif kind == 3:
+            state[rng.choice([key.replace("0", "7"), key[1:], key.replace(".", ""), "", "9" * 300])] = value
+        elif kind == 4:
+            state[key] = rng.choice(
+                [None, 1, "text", [1.0], [[1], [2, 3]], 2**70, {}, b"x", np.zeros(2), np.float32(1)]
+            )
+        else:
+            state[key] = value
+    content = rng.choice(
+        [state, {"model": state}, {"state_dict": state, "meta": rng.choice([None, 1, {"config": 3}, state])}]
+    )
+    if rng.random() < 0.3:
+        content = {
+            "model": state,
+            "matching_heuristics": rng.choice([True, False]),
+            "__author__": rng.choice(["Caffe2", "x"]),
+        }
+    if rng.random() < 0.2:
+        return ".pkl", pickled(
+            {key: value.numpy() if isinstance(value, torch.Tensor) else value for key, value in state.items()}, 2
+        )
+    return ".pth", saved(content)
+
+
+def make(number: int, mutated: int, crafted: int, files: list[tuple[str, bytes]]) -> tuple[str, bytes]:
     """The file of a number: its ending and its content."""
     rng = random.Random(number)
     if number >= mutated:
-        return crafted_file(rng)
+        return crafted_file(rng) if number < crafted else odd_file(rng)
     ending, content = files[number % len(files)]
     is_zip = content.startswith(b"PK")
     changed = (mutate_member if is_zip and rng.random() < 0.8 else mutate)(rng, content)
@@ -327,7 +441,7 @@ def read(path: Path, data: bytes) -> str:
     return outcome
 
 
-def child(numbers: range, mutated: int, files: list, folder: Path, report: int) -> None:
+def child(numbers: range, mutated: int, crafted: int, files: list, folder: Path, report: int) -> None:
     """Reads the files of some numbers; tells each before it begins, and then how it ended."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
@@ -338,7 +452,7 @@ def child(numbers: range, mutated: int, files: list, folder: Path, report: int) 
     for number in numbers:
         os.write(report, f"{number} began\n".encode())
         signal.alarm(SECONDS)
-        ending, data = make(number, mutated, files)
+        ending, data = make(number, mutated, crafted, files)
         path = folder / f"a{ending}"
         path.write_bytes(data)
         try:
@@ -351,7 +465,7 @@ def child(numbers: range, mutated: int, files: list, folder: Path, report: int) 
     signal.alarm(0)
 
 
-def fuzz(mutated: int, crafted: int, first: int = 0) -> tuple[Counter, dict[int, str]]:
+def fuzz(mutated: int, crafted: int, odd: int, first: int = 0) -> tuple[Counter, dict[int, str]]:
     """Reads that many files, from a number on.
 
     Returns:
@@ -363,14 +477,15 @@ def fuzz(mutated: int, crafted: int, first: int = 0) -> tuple[Counter, dict[int,
         (Path(folder) / "good").mkdir()
         (Path(folder) / "files").mkdir()
         files = good_files(Path(folder) / "good")
-        numbers = range(first, first + mutated + crafted)
+        ends = first + mutated, first + mutated + crafted
+        numbers = range(first, ends[1] + odd)
         while numbers:
             reading, writing = os.pipe()
             process = os.fork()
             if process == 0:
                 os.close(reading)
                 try:
-                    child(numbers, first + mutated, files, Path(folder) / "files", writing)
+                    child(numbers, *ends, files, Path(folder) / "files", writing)
                 finally:
                     os._exit(0)
             os.close(writing)
@@ -380,7 +495,7 @@ def fuzz(mutated: int, crafted: int, first: int = 0) -> tuple[Counter, dict[int,
                     number, outcome = line.rstrip("\n").split(" ", 1)
                     began = int(number) if outcome == "began" else None
                     if outcome != "began":
-                        what = "crafted" if int(number) >= first + mutated else "mutated"
+                        what = ("mutated", "crafted", "odd")[sum(int(number) >= end for end in ends)]
                         outcomes[f"{what}: {outcome.split(':')[0]}"] += 1
                         if outcome.startswith("failed"):
                             failures[int(number)] = outcome
@@ -400,16 +515,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mutated", type=int, default=2000, help="how many good files are changed (2000)")
     parser.add_argument("--crafted", type=int, default=500, help="how many pickles are made up (500)")
+    parser.add_argument("--odd", type=int, default=500, help="how many are whole files of odd tensors (500)")
     parser.add_argument("--first", type=int, default=0, help="the number to begin with: others are other files")
     parser.add_argument("--only", type=int, metavar="NUMBER", help="write the file of this number here")
     args = parser.parse_args()
+    ends = args.first + args.mutated, args.first + args.mutated + args.crafted
     if args.only is not None:
         with tempfile.TemporaryDirectory() as folder:
-            ending, data = make(args.only, args.first + args.mutated, good_files(Path(folder)))
+            ending, data = make(args.only, *ends, good_files(Path(folder)))
         Path(f"fuzz{args.only}{ending}").write_bytes(data)
         print(f"wrote fuzz{args.only}{ending}")
         return 0
-    outcomes, failures = fuzz(args.mutated, args.crafted, args.first)
+    outcomes, failures = fuzz(args.mutated, args.crafted, args.odd, args.first)
     for outcome, count in sorted(outcomes.items()):
         print(f"{count:6d} {outcome}")
     for number, failure in failures.items():
