@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
@@ -95,6 +96,9 @@ class Recipe:
 _MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 IMAGENET = Recipe("RGB", _MEAN, _STD, False)
 MSRA = Recipe("BGR", _MEAN[::-1], (1.0, 1.0, 1.0), True)
+
+# Of mmdetection's config, in characters; it is searched for a few words.
+_LONGEST_CONFIG = 100_000
 
 # Detectron2's own ImageNet files, by their place on its server.
 _KNOWN_FILES = {
@@ -237,8 +241,13 @@ def as_tensors(state: Mapping[str, Any], path: str) -> dict[str, Tensor]:
     """
     tensors = {}
     for key, value in state.items():
+        if not isinstance(key, str):
+            raise UserError(f"{path}: the entry {key!r} has no name, as it is a {type(key).__name__}")
+        # a list could stand for any number of numbers, as lists in it may repeat each other
+        if not isinstance(value, Tensor | np.ndarray | np.generic | int | float):
+            raise UserError(f"{path}: the entry {key!r} is a {type(value).__name__}, not a tensor")
         try:
-            tensors[str(key)] = torch.as_tensor(value)
+            tensors[key] = torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{path}: the entry {key!r} is a {type(value).__name__}, not a tensor") from error
     if tensors and all(key.startswith("module.") for key in tensors):
@@ -302,10 +311,10 @@ def _mmdet_recipe(checkpoint: Mapping[str, Any]) -> Recipe:
     # mmdetection keeps the text of its config; the release's are RGB, style "pytorch": stride in the 3x3
     meta = checkpoint["model"].get("meta")
     text = meta.get("config") if isinstance(meta, Mapping) else None
-    text = text if isinstance(text, str) else ""
+    text = text[:_LONGEST_CONFIG] if isinstance(text, str) else ""
 
     def numbers(name: str, default: tuple[float, ...]) -> tuple[float, ...]:
-        found = re.search(rf"\b{name}\s*=\s*[\[(]([^\])]*)[\])]", text)
+        found = re.search(rf"\b{name}\s*=\s*[\[(]([^\])]{{0,200}})[\])]", text)
         values = tuple(map(float, re.findall(r"[-+]?(?:\d+\.?\d*|\.\d+)", found[1]))) if found else ()
         return values if len(values) == 3 else default
 

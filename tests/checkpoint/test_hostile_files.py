@@ -256,6 +256,31 @@ def test_lists_that_repeat_each_other_are_walked_once(tmp_path):
     assert list(load_file(tmp_path / "laughs.pkl")) == ["a"]
 
 
+REPEATED = b"](K\x01eq\x000" + b"".join(b"](" + b"h%c" % i * 10 + b"eq%c0" % (i + 1) for i in range(12))
+
+
+@pytest.mark.parametrize(
+    ("content", "refusal"),
+    [
+        (b"\x80\x02}" + text("conv1.weight") + REPEATED + b"h\x0cs.", "'conv1.weight' is a list, not a tensor"),
+        (pickle.dumps({1: np.zeros(1), "1": np.ones(1)}, 2), "the entry 1 has no name, as it is a int"),
+        (b"\x80\x04" + b"]0" * 600_000 + b"N.", "more values than weights need"),
+    ],
+)
+def test_what_would_grow_without_end_is_refused(tmp_path, content, refusal):
+    (tmp_path / "a.pkl").write_bytes(content)
+    with pytest.raises(UserError, match=refusal):
+        read_source(str(tmp_path / "a.pkl"), strict=False)
+
+
+@pytest.mark.parametrize("config", ["mean=[" * 200_000, "to_rgb" + " " * 100_000, "mean = [" + "1." * 100_000 + "]"])
+def test_text_in_a_file_does_not_keep_the_search_busy(tmp_path, config):
+    # quadratic in the length of the first, an hour
+    state = {"backbone.layer1.0.conv1.weight": torch.zeros(1), "bbox_head.fc_cls.weight": torch.zeros(1)}
+    torch.save({"state_dict": state, "meta": {"config": config}}, tmp_path / "a.pth")
+    assert read_source(str(tmp_path / "a.pth")).recipe.pixel_mean == (123.675, 116.28, 103.53)
+
+
 STATE = OrderedDict(
     a=torch.randn(3, 4, 2),
     column=torch.randn(6, 5)[:, 2],
