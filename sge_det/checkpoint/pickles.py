@@ -18,7 +18,8 @@ from typing import Any, BinaryIO
 _DEEPEST = 100
 # Of a number: random generators keep some of 2500 bytes, but as arrays.
 _LONGEST_NUMBER = 255
-# Empty containers take some 200 times the memory that they take in a file; a Mask R-CNN's R-101 checkpoint takes 26,000 steps.
+# Empty containers take some 200 times the memory that they take in a file.
+# The checkpoint of a Mask R-CNN with R-101 takes 26,000 steps.
 _MOST_STEPS = 1_000_000
 # Of what a refusal repeats.
 _LONGEST_NAME = 100
