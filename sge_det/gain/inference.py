@@ -347,6 +347,25 @@ class Design:
         return Interval(0.0, self.image_error, self.images - 1) if self.image_error else None
 
 
+def measured_design(
+    reference: Sequence[float], arm: Sequence[float], both: Interval | None, images: int, *, paired: bool = True
+) -> Design:
+    """The noise that a finished comparison had, for reckoning what more seeds would show.
+
+    Args:
+        reference, arm: the metric for each seed, two seeds an arm at least, in AP points.
+        both: their :func:`both_interval`; without it the images' noise is left out.
+    """
+    a, b = (float(np.std(values, ddof=1)) for values in (reference, arm))
+    correlation = seed_correlation(reference, arm) if paired else 0.0
+    if paired and not math.isfinite(correlation):
+        # two seeds, or an arm without a spread: that of the differences, which is what counts
+        spread = float(np.std(np.subtract(arm, reference), ddof=1))
+        correlation = (a**2 + b**2 - spread**2) / (2 * a * b) if a * b else 0.0
+    of_images = both.error**2 - both.least.error**2 if both and both.least else 0.0
+    return Design(a, b, correlation, paired, math.sqrt(max(of_images, 0.0)), images)
+
+
 def power(design: Design, difference: float, seeds: int, alpha: float = ALPHA) -> float:
     """The probability that a true ``difference`` is seen (two-sided, level ``alpha``), from the noncentral t.
 

@@ -44,6 +44,9 @@ _LEAST_SKILL, _MOST_SKILL = -5.0, 6.0
 _WIDTH, _HEIGHT = 640, 480
 LOOKS = tuple(range(3, 11))
 ARMS = (2, 3, 6)
+COVERED = ("seeds", "welch", "images", "both", "both, unpaired")
+_UNPAIRED = ("welch", "both, unpaired")
+_ASTRAY = ("seeds, of new images", "images, of new seeds")
 
 
 @dataclass
@@ -368,19 +371,16 @@ def coverage_report(tally: Tally) -> str:
     error = max(tally.rate(name)[1] for name in tally.hits)
     parts = [
         f"{min(experiments)} experiments of each kind at least. The standard error of a share is at most "
-        f"{100 * error:.1f}; experiments on the same draw of images are alike, which it knows. A range is over all "
-        "correlations, and effects where none is named.",
+        f"{100 * error:.1f}; experiments on the same draw of images are alike, which it knows. A range is over effects "
+        "and correlations of the arms over seeds, where they are not named.",
         "## How often a 95% interval holds the truth",
         _table(
-            ("images", "seeds", "noise", *COVERED),
-            [
-                [*row, *(_range(tally, of, [f"covers: {name}"]) for name in COVERED)]
-                for row, of in _grouped(two_arms, (0, 5, 2))
-            ],
+            ("images", "seeds", "noise", *COVERED, "welch at -0.5", *_ASTRAY),
+            [_coverage_row(tally, row, of) for row, of in _grouped(two_arms, (0, 5, 2))],
         ),
         "`seeds` and `welch` are held against the mean over new seeds on the same images, `images` against the same "
-        "detectors on all images, `both` against new seeds on all images. The last two columns take an interval for "
-        "what it does not speak of.",
+        "detectors on all images, `both` against new seeds on all images; the unpaired ones where the arms do not "
+        "correlate. The last three columns take an interval for what it does not speak of.",
         "## How often a verdict is false, one arm against a reference",
         _table(
             (
@@ -391,7 +391,8 @@ def coverage_report(tally: Tally) -> str:
             [
                 [
                     *row,
-                    *(_range(tally, _having(of, 3, "0.0"), [f"gain: {w}", f"loss: {w}"]) for w in _PAIRED),
+                    _range(tally, _having(of, 3, "0.0"), ["gain: paired", "loss: paired"]),
+                    _range(tally, _having(_having(of, 3, "0.0"), 4, "0.0"), ["gain: unpaired", "loss: unpaired"]),
                     *(
                         _range(tally, _having(of, 3, "0.5", "1.0"), [f"{which}: paired"])
                         for which in ("loss", "no relevant difference")
@@ -427,8 +428,11 @@ def coverage_report(tally: Tally) -> str:
     return "\n\n".join(parts)
 
 
-COVERED = ("seeds", "welch", "images", "both", "both, unpaired", "seeds, of new images", "images, of new seeds")
-_PAIRED = ("paired", "unpaired")
+def _coverage_row(tally: Tally, row: Sequence[str], cells: Sequence[str]) -> list[str]:
+    alone = _having(cells, 4, "0.0")
+    shares = [_range(tally, alone if name in _UNPAIRED else cells, [f"covers: {name}"]) for name in COVERED]
+    shares.append(_range(tally, _having(cells, 4, "-0.5"), ["covers: welch"]))
+    return [*row, *shares, *(_range(tally, cells, [f"covers: {name}"]) for name in _ASTRAY)]
 
 
 def _natural(cell: str) -> list[tuple[float, str]]:

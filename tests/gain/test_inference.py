@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from sge_det.gain.inference import (
     effect_size,
     holm,
     image_interval,
+    measured_design,
     minimal_detectable_difference,
     outcome,
     outcomes,
@@ -132,7 +134,7 @@ def test_both_is_never_narrower_than_seeds_alone():
 def test_both_covers(seeds, of_images):
     """Normal noise of known spreads, the hardest with few seeds and a little of the images."""
     generator = np.random.default_rng(5)
-    covered, trials = 0, 3000
+    covered, equal, trials = 0, 0, 3000
     weights = generator.normal(0, 1, 200)
     for _ in range(trials):
         shift = generator.normal(0, math.sqrt(of_images / seeds))
@@ -140,7 +142,11 @@ def test_both_covers(seeds, of_images):
         samples = np.tile(math.sqrt(of_images / seeds) * weights, (seeds, 1))
         interval = both_interval(0 * values, values, 0 * samples, samples, 10_000)
         covered += interval.low <= 0 <= interval.high
+        # as if the truth were just as large as the margin
+        shifted = replace(interval, mean=interval.mean + 5, least=replace(interval.least, mean=interval.mean + 5))
+        equal += shifted.equivalence_p(5) <= 0.05
     assert 0.94 <= covered / trials <= 0.975
+    assert equal / trials <= 0.06
 
 
 def test_both_interval_needs_both():
@@ -228,6 +234,23 @@ def test_images_limit_what_seeds_can_show():
     assert minimal_detectable_difference(noisy, 1000) > (1.96 + 0.84) * 0.5
     still = Design(0.0, 0.0)
     assert (power(still, 0.1, 3), minimal_detectable_difference(still, 3)) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("seeds", [2, 4])
+def test_measured_design_expects_what_was_measured(paired, seeds):
+    samples = np.random.default_rng(1).normal(0, 0.4, (2, seeds, 500))
+    samples[1] += np.random.default_rng(2).normal(0, 0.5, 500)
+    a, b = A[:seeds], B[:seeds]
+    both = both_interval(a, b, *samples, 300, paired=paired)
+    design = measured_design(a, b, both, 300, paired=paired)
+    assert design.image_error == pytest.approx(0.5, abs=0.1)
+    expected = design.interval(seeds)
+    assert expected.error == pytest.approx(both.error)
+    if paired:
+        assert expected.dof == pytest.approx(both.dof)
+    alone = measured_design(a, b, None, 300, paired=paired).interval(seeds)
+    assert alone.error == pytest.approx(both.least.error)
 
 
 def test_improvement_and_effect():
