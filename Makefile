@@ -1,6 +1,8 @@
 # `make demo` and `make test` do all the set-up themselves; `make` lists the targets.
 PYTHON ?= python3
 VENV ?= .venv
+# locked: the pinned, hash-checked releases; latest: the newest that requirements/base.in admits
+RELEASES ?= locked
 PYTEST_ARGS ?=
 TEST_JOBS ?= 2
 
@@ -8,10 +10,10 @@ TEST_JOBS ?= 2
 # The folder is part of it, as an editable installation names it.
 STAMP := $(VENV)/.installed-$(shell (pwd; cat setup.py requirements/*) | cksum | cut -d ' ' -f 1)
 
-.PHONY: help install demo test fuzz lint bench clean
+.PHONY: help install demo test test-latest fuzz lint bench clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 10
 	@echo
 	@echo "PYTHON=$(PYTHON) makes the environment VENV=$(VENV); PYTEST_ARGS goes to pytest, TEST_JOBS=$(TEST_JOBS) at once."
 
@@ -20,7 +22,7 @@ install: $(STAMP)  ## set up $(VENV), if that has not been done
 # made last, so that an interrupted installation leaves none
 $(STAMP):
 	@rm -f $(VENV)/.installed-*
-	@sh requirements/install.sh '$(PYTHON)' '$(VENV)'
+	@sh requirements/install.sh '$(PYTHON)' '$(VENV)' '$(RELEASES)'
 	@touch $@
 
 demo: install  ## make sample data, train a plain and an SGE detector on it, print the gain
@@ -30,6 +32,9 @@ demo: install  ## make sample data, train a plain and an SGE detector on it, pri
 
 test: install  ## run the tests
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
+
+test-latest:  ## run the tests on the newest releases of everything that is not pinned, in .venv-latest
+	$(MAKE) test VENV=.venv-latest RELEASES=latest
 
 fuzz: install  ## read thousands of damaged and hostile weights files
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -W ignore tests/torture/fuzz_weights.py --mutated 2000 --crafted 500 --odd 500

@@ -25,6 +25,8 @@ setup(
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Programming Language :: Python :: 3.14",
         "Topic :: Scientific/Engineering :: Image Recognition",
     ],
     python_requires=">=3.10",
@@ -49,6 +51,6 @@ setup(
     extras_require={
         "rivals": ["timm"],
         "export": ["onnx", "onnxruntime", "onnxscript"],
-        "dev": ["pytest", "ruff"],
+        "dev": ["hypothesis", "pytest", "pytest-cov", "ruff"],
     },
 )

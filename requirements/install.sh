@@ -1,12 +1,14 @@
 #!/bin/sh
-# usage: install.sh PYTHON VENV    (from the repository root; `make install` calls it)
+# usage: install.sh PYTHON VENV [latest]    (from the repository root; `make install` calls it)
 #
 # Fills the virtual environment VENV, and makes it with PYTHON if need be. A Detectron2 that is importable, in VENV or
 # in PYTHON, is left alone together with its torch, and only what is missing is added. Else the locked torch and
-# Detectron2's re-upload are installed. May be interrupted and started again.
+# Detectron2's re-upload are installed; with `latest`, the newest releases that base.in admits instead of
+# the locked ones. May be interrupted and started again.
 set -eu
 PYTHON=$1
 VENV=$2
+RELEASES=${3:-locked}
 HERE=$(dirname "$0")
 PY=$VENV/bin/python
 
@@ -17,10 +19,10 @@ fail() {
 
 check_version() {
     version=$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])') ||
-        fail "'$1' does not run; name a Python 3.10, 3.11 or 3.12, e.g. make install PYTHON=python3.11"
+        fail "'$1' does not run; name a Python from 3.10 to 3.14, e.g. make install PYTHON=python3.11"
     case $version in
-    3.10 | 3.11 | 3.12) ;;
-    *) fail "'$1' is Python $version, but 3.10, 3.11 or 3.12 is needed: $2" ;;
+    3.10 | 3.11 | 3.12 | 3.13 | 3.14) ;;
+    *) fail "'$1' is Python $version, but one from 3.10 to 3.14 is needed: $2" ;;
     esac
 }
 
@@ -80,7 +82,11 @@ print("Detectron2 %s (%s) and torch %s" % (detectron2.__version__, detectron2.__
     pip install --no-deps --require-hashes --no-build-isolation -r "$VENV/missing.txt"
 else
     echo "install: torch and the other locked packages (some 5 GB on Linux: torch brings its GPU libraries)"
-    pip install --require-hashes --no-build-isolation -r "$HERE/lock.txt"
+    if [ "$RELEASES" = latest ]; then
+        pip install --upgrade --no-build-isolation -r "$HERE/base.in"
+    else
+        pip install --require-hashes --no-build-isolation -r "$HERE/lock.txt"
+    fi
     if [ $found = ours ]; then # of the version that is wanted now?
         have=$("$PY" -c 'from importlib.metadata import version; print(version("sal-detectron2"))')
         grep -q "^sal-detectron2==$have " "$HERE/detectron2.txt" || found=none
