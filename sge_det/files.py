@@ -203,6 +203,18 @@ def publish_folder(part: Path, folder: Path) -> None:
     sync_folder(folder.parent)
 
 
+def publish_file(part: Path, path: Path) -> None:
+    """Gives a file that a library has written beside ``path`` that name, once it is on the disk.
+
+    Raises:
+        OSError: the disk fails.
+    """
+    with open(part, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    sync_folder(path.parent)
+
+
 def write_file(path: Path, content: str | bytes) -> None:
     """Writes ``path`` as :func:`replacing` does.
 

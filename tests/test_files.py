@@ -8,7 +8,7 @@ import pytest
 
 from sge_det import files
 from sge_det.errors import UserError
-from sge_det.files import publish_folder, remove_file, replacing, write_file, write_json
+from sge_det.files import publish_file, publish_folder, remove_file, replacing, write_file, write_json
 
 CALLS = ("open", "fsync", "replace")
 
@@ -170,3 +170,18 @@ def test_a_folder_has_its_name_once_all_in_it_is_on_the_disk(tmp_path, monkeypat
     before = {os.path.relpath(path, part) for path, renamed in synced if not renamed}
     assert before == {".", "b", "inner", "inner/a"}
     assert [path for path, renamed in synced if renamed] == [str(tmp_path)]
+
+
+def test_a_file_of_a_library_is_synced_before_it_has_its_name(tmp_path, monkeypatch):
+    (tmp_path / "part.mp4").write_bytes(b"film")
+    synced = []
+    real = os.fsync
+
+    def sync(descriptor):
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", sync)
+    publish_file(tmp_path / "part.mp4", tmp_path / "a.mp4")
+    assert synced == [str(tmp_path / "part.mp4"), str(tmp_path)]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]

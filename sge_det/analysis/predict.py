@@ -18,7 +18,7 @@ from pycocotools import mask as mask_utils
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..files import cannot_write, make_folder, write_file, write_json
+from ..files import cannot_write, make_folder, publish_file, write_file, write_json
 from ..modeling.gates import find_layer
 from .figures import captioned, draw_detections, even, overlay
 from .inputs import common_folder, is_video
@@ -174,7 +174,7 @@ def _one_video(file: Path, target: Path, predictor: Predictor, draw: Callable, f
         if writer is None:
             raise Unreadable("no frame of it can be decoded")
         writer.release()
-        os.replace(part, target)
+        publish_file(part, target)
     except OSError as error:
         raise cannot_write(target, error) from error
     finally:
@@ -232,13 +232,13 @@ class _Journal:
                     with contextlib.suppress(ValueError):  # cut off when the process was killed
                         entry = json.loads(line)
                         self.frames[entry["key"]] = entry["frames"]
+        known = [self.mark, *({"key": key, "frames": frames} for key, frames in self.frames.items())]
+        # whole at once: being killed here must not lose what was found before
+        write_file(self.path, "".join(json.dumps(line) + "\n" for line in known))
         try:
-            self._file = open(self.path, "w")
+            self._file = open(self.path, "a")
         except OSError as error:
             raise cannot_write(self.path, error) from error
-        self._write(self.mark)
-        for key, frames in self.frames.items():
-            self._write({"key": key, "frames": frames})
         return self
 
     def __exit__(self, *_) -> None:

@@ -240,8 +240,9 @@ class Checkpointer(DetectionCheckpointer):
         """A run never starts anew, at iteration 0 or without its optimizer's momentum, where it should go on."""
         for key, part in self.checkpointables.items():
             lacking = _lacking(part.state_dict(), checkpoint.get(key), key)
-            if lacking is None and key == "trainer" and type(checkpoint.get("iteration")) is not int:
-                lacking = "iteration"
+            if lacking is None and key == "trainer":
+                numbers = checkpoint.get("iteration"), checkpoint[key]["iteration"]
+                lacking = None if all(type(number) is int and number >= 0 for number in numbers) else "iteration"
             if lacking is not None:
                 raise UserError(
                     f"{self._path} has no {lacking}, so that the run cannot go on from it as it was: start a new run "

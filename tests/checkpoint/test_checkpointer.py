@@ -238,6 +238,8 @@ def test_a_tag_that_is_no_file_is_refused(tmp_path):
 LACKS = {
     "trainer": lambda content: content.pop("trainer"),
     "iteration": lambda content: content.pop("iteration"),
+    "no iteration": lambda content: content.update(iteration=-5),
+    "has no iteration": lambda content: content["trainer"].update(iteration="8"),
     "trainer's iteration": lambda content: content["trainer"].pop("iteration"),
     "trainer's _trainer": lambda content: content["trainer"].pop("_trainer"),
     "trainer's optimizer": lambda content: content["trainer"]["_trainer"].pop("optimizer"),
