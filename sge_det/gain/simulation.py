@@ -368,10 +368,10 @@ def coverage_report(tally: Tally) -> str:
     cells = sorted({name.rpartition("|")[0] for name in tally.hits}, key=_natural)
     two_arms, looks, arms = ([c for c in cells if c.split("|")[1] == kind] for kind in ("two arms", "looks", "arms"))
     experiments = [tally.experiments[name] for name in tally.hits]
-    error = max(tally.rate(name)[1] for name in tally.hits)
+    errors = [tally.rate(f"{cell}|covers: {name}")[1] for cell in two_arms for name in COVERED]
     parts = [
-        f"{min(experiments)} experiments of each kind at least. The standard error of a share is at most "
-        f"{100 * error:.1f}; experiments on the same draw of images are alike, which it knows. A range is over effects "
+        f"{min(experiments)} experiments of each kind at least. The standard error of a coverage is "
+        f"{100 * np.median(errors):.1f}, at most {100 * max(errors):.1f}; experiments on the same draw of images are alike, which it knows. A range is over effects "
         "and correlations of the arms over seeds, where they are not named.",
         "## How often a 95% interval holds the truth",
         _table(
