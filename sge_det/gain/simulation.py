@@ -59,18 +59,17 @@ class Tally:
     experiments: dict[str, int] = field(default_factory=dict)
     hits: dict[str, int] = field(default_factory=dict)
     draws: dict[str, int] = field(default_factory=dict)
-    squares: dict[str, float] = field(default_factory=dict)
+    # sums over draws of experiments^2, experiments * hits and hits^2
+    squares: dict[str, int] = field(default_factory=dict)
+    products: dict[str, int] = field(default_factory=dict)
+    hit_squares: dict[str, int] = field(default_factory=dict)
 
     def add(self, name: str, found: Sequence[bool]) -> None:
         """Adds the experiments of one draw."""
-        hits = int(sum(found))
-        for counts, more in (
-            (self.experiments, len(found)),
-            (self.hits, hits),
-            (self.draws, 1),
-            (self.squares, hits**2),
-        ):
-            counts[name] = counts.get(name, 0) + more
+        number, hits = len(found), int(sum(found))
+        one = {"experiments": number, "hits": hits, "draws": 1}
+        one |= {"squares": number**2, "products": number * hits, "hit_squares": hits**2}
+        self.merge(Tally(**{kind: {name: count} for kind, count in one.items()}))
 
     def merge(self, other: "Tally") -> None:
         """Adds the counts of other draws."""
@@ -79,11 +78,11 @@ class Tally:
                 mine[name] = mine.get(name, 0) + count
 
     def rate(self, name: str) -> tuple[float, float]:
-        """The share in which it was so, and its standard error."""
-        draws, hits = self.draws[name], self.hits[name]
-        each = self.experiments[name] / draws
-        variance = max(self.squares[name] - hits**2 / draws, 0) / max(draws - 1, 1)
-        return hits / self.experiments[name], math.sqrt(variance / draws) / each
+        """The share in which it was so, and its standard error, as of a ratio over draws."""
+        draws, experiments = self.draws[name], self.experiments[name]
+        share = self.hits[name] / experiments
+        apart = self.hit_squares[name] - 2 * share * self.products[name] + share**2 * self.squares[name]
+        return share, math.sqrt(max(apart, 0) * draws / max(draws - 1, 1)) / experiments
 
 
 class Population:
@@ -371,8 +370,9 @@ def coverage_report(tally: Tally) -> str:
     errors = [tally.rate(f"{cell}|covers: {name}")[1] for cell in two_arms for name in COVERED]
     parts = [
         f"{min(experiments)} experiments of each kind at least. The standard error of a coverage is "
-        f"{100 * np.median(errors):.1f}, at most {100 * max(errors):.1f}; experiments on the same draw of images are alike, which it knows. A range is over effects "
-        "and correlations of the arms over seeds, where they are not named.",
+        f"{100 * np.median(errors):.1f}, at most {100 * max(errors):.1f}; experiments on the same draw of images are "
+        "alike, which it knows. A range is over effects and correlations of the arms over seeds, where they are not "
+        "named.",
         "## How often a 95% interval holds the truth",
         _table(
             ("images", "seeds", "noise", *COVERED, "welch at -0.5", *_ASTRAY),
