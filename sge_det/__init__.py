@@ -1,37 +1,52 @@
 """Spatial Group-wise Enhance for Detectron2. Importing the package registers its backbones."""
 
 from .config import add_sge_config, get_config, get_config_file
-from .data.datasets import register_sample
 from .errors import UserError
 from .layers.sge import SpatialGroupEnhance
-from .modeling.gates import record_gates
-from .modeling.resnet import (
+from .modeling.blocks import (
     Attention,
+    AttentiveBasicBlock,
+    AttentiveBottleneckBlock,
+    AttentiveDeformBottleneckBlock,
     SGEBasicBlock,
     SGEBottleneckBlock,
+    SGEDeformBottleneckBlock,
+    make_sge_stages,
+    sge_attention,
+)
+from .modeling.gates import record_gates
+from .modeling.resnet import (
     build_retinanet_sge_resnet_fpn_backbone,
     build_sge_resnet_backbone,
+    build_sge_resnet_deeplab_backbone,
     build_sge_resnet_fpn_backbone,
 )
+from .modeling.roi_heads import SGERes5ROIHeads
 from .solver import build_optimizer, scale_sge_lr
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Attention",
+    "AttentiveBasicBlock",
+    "AttentiveBottleneckBlock",
+    "AttentiveDeformBottleneckBlock",
     "SGEBasicBlock",
     "SGEBottleneckBlock",
+    "SGEDeformBottleneckBlock",
+    "SGERes5ROIHeads",
     "SpatialGroupEnhance",
     "UserError",
     "add_sge_config",
     "build_optimizer",
     "build_retinanet_sge_resnet_fpn_backbone",
     "build_sge_resnet_backbone",
+    "build_sge_resnet_deeplab_backbone",
     "build_sge_resnet_fpn_backbone",
     "get_config",
     "get_config_file",
+    "make_sge_stages",
     "record_gates",
     "scale_sge_lr",
+    "sge_attention",
 ]
-
-register_sample()

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from ..config import load_config
-from ..data.datasets import read_annotations
+from ..data.datasets import read_annotations, register_sample
 from ..engine import doctor
 from ..engine.training import load_model, setup_config
 from ..errors import UserError
@@ -41,6 +41,7 @@ def setup_prediction(
     """
     if datasets or not config_file:
         return setup_config(config_file, list(overrides), list(datasets), eval_only=True)
+    register_sample()
     cfg = load_config(config_file, list(overrides))
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"

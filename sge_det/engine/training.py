@@ -19,12 +19,12 @@ from detectron2.utils.logger import setup_logger
 from ..checkpoint.checkpointer import Checkpointer, last_checkpoint
 from ..checkpoint.sources import Recipe
 from ..config import load_config, sge_options, skip_nonfinite
-from ..data.datasets import use_datasets
+from ..data.datasets import register_sample, use_datasets
 from ..data.loader import EvaluationLoader, ReplayableLoader, build_test_loader, build_train_loader
 from ..errors import UserError
 from ..evaluation.coco import build_evaluator
+from ..modeling.blocks import start_sge
 from ..modeling.gates import GateWriter, sge_layers
-from ..modeling.resnet import start_sge
 from ..solver import build_optimizer
 from . import doctor
 from .guard import LossGuard
@@ -89,6 +89,7 @@ def setup_config(
     """
     if not config_file:
         raise UserError("give a config with --config-file, for instance configs/sample/faster_rcnn_SGE_R_50_FPN.yaml")
+    register_sample()
     overrides = list(overrides)
     cfg = load_config(config_file, overrides)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():

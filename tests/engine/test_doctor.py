@@ -497,3 +497,24 @@ def test_findings_do_not_change_the_config():
     examine_settings(cfg, FASTER)
     examine_run(cfg, processes=1)
     assert cfg.dump() == before
+
+
+C4 = [
+    *("MODEL.BACKBONE.NAME", "build_sge_resnet_backbone", "MODEL.RESNETS.OUT_FEATURES", "['res4']"),
+    *("MODEL.ROI_HEADS.IN_FEATURES", "['res4']", "MODEL.RPN.IN_FEATURES", "['res4']"),
+    *("MODEL.ANCHOR_GENERATOR.SIZES", "[[32]]"),
+]
+
+
+def test_a_head_that_leaves_its_stage_out(examine):
+    assert not examine(*C4, "MODEL.ROI_HEADS.NAME", "SGERes5ROIHeads")
+    found = examine(*C4, "MODEL.ROI_HEADS.NAME", "Res5ROIHeads")
+    only(found, "warning", "MODEL.SGE.STAGES", "roi_heads.res5 has 3 of 3 blocks without SGE", "SGERes5ROIHeads")
+    assert not examine(*C4, "MODEL.ROI_HEADS.NAME", "Res5ROIHeads", "MODEL.SGE.STAGES", "['res4']")
+    assert not examine(*C4, "MODEL.ROI_HEADS.NAME", "Res5ROIHeads", "MODEL.SGE.ENABLED", "False")
+
+
+def test_a_stage_that_the_model_has_not(examine):
+    heads = ("MODEL.ROI_HEADS.NAME", "StandardROIHeads")
+    only(examine(*C4, *heads), "warning", "MODEL.SGE.STAGES", "names res5, of which this model has no block")
+    assert not examine(*C4, *heads, "MODEL.SGE.STAGES", "['res2', 'res3', 'res4']")

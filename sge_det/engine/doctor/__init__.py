@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
 from ...config import load_config, sge_options
-from ...data.datasets import use_datasets
+from ...data.datasets import register_sample, use_datasets
 from ...errors import UserError
 from .data import examine_dataset
 from .finding import Finding, finding_of, tell
@@ -36,6 +36,7 @@ def diagnose(
         processes: how many it is to be trained in.
         resume: whether it is to go on from ``OUTPUT_DIR``.
     """
+    register_sample()
     try:
         cfg = load_config(config_file, overrides)
     except UserError as error:

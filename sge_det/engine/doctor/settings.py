@@ -12,6 +12,7 @@ from ...checkpoint.transplant import sge_builder
 from ...config import STAGES, SGEOptions, find_config, optimizer_name, sge_options
 from ...errors import UserError
 from .finding import Finding, finding_of
+from .model import examine_model
 
 # The learning rate of the paper's recipe for 16 images; another number of images scales it (the linear rule).
 _BASE_LR, _RETINANET_BASE_LR = 0.02, 0.01
@@ -28,6 +29,7 @@ def examine_settings(cfg: CfgNode, config_file: str = "", *, eval_only: bool = F
         *unregistered(cfg),
         *_backbone_without_sge(cfg, options),
         *wrong_groups(cfg, options),
+        *([] if unregistered(cfg) else examine_model(cfg)),
         *missing_weights(cfg),
         *([] if eval_only else _learning_rate(cfg)),
     ]
