@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import hotcoco
 import numpy as np
 import torch
 from detectron2.config import CfgNode
@@ -19,7 +18,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..data.datasets import read_annotations
+from ..data.annotations import read_annotations
 from ..data.loader import build_test_loader
 from ..errors import UserError
 from ..evaluation.bootstrap import image_weights
@@ -55,7 +54,8 @@ class Objects:
     """
 
     def __init__(self, json_file: str | Path):
-        content = read_annotations(str(json_file))
+        annotations = read_annotations(json_file)
+        content = annotations.content
         self._of_image: dict[int, list[dict]] = {}
         for entry in content["annotations"]:
             self._of_image.setdefault(entry["image_id"], []).append(entry)
@@ -63,7 +63,7 @@ class Objects:
         if not objects:
             raise UserError(f"{json_file} has no objects, so there is nothing to point at")
         self.shapes = [shape for shape in SHAPES if shape == "bbox" or all(o.get("segmentation") for o in objects)]
-        self._coco = hotcoco.COCO(str(json_file))
+        self._coco = annotations.coco
 
     def has_any(self, image_id: int) -> bool:
         """Whether there is an object, other than a crowd region, on the image."""

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import nn
 
 from ..config import load_config
-from ..data.datasets import read_annotations, register_sample
+from ..data.annotations import read_annotations
+from ..data.datasets import register_sample
 from ..engine import doctor
 from ..engine.training import load_model, setup_config
 from ..errors import UserError
@@ -82,7 +83,7 @@ def categories(cfg: CfgNode) -> list[dict]:
         metadata = MetadataCatalog.get(name)
         json_file = metadata.get("json_file")
         if json_file and Path(json_file).is_file():
-            entries = sorted(read_annotations(json_file)["categories"], key=lambda entry: entry["id"])
+            entries = sorted(read_annotations(json_file).content["categories"], key=lambda entry: entry["id"])
             found = [{"id": entry["id"], "name": entry["name"]} for entry in entries]
         elif metadata.get("thing_classes"):
             ids = metadata.get("thing_dataset_id_to_contiguous_id") or {}

@@ -1,18 +1,16 @@
 """Data sets by name or by file: registered with Detectron2 after a look at what is in them."""
 
-import json
 import logging
-import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from ..errors import UserError
+from .annotations import Annotations, read_annotations
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +25,7 @@ def register_sample() -> None:
             register_coco_instances(name, {}, str(root / f"annotations/instances_{split}.json"), str(root / split))
 
 
-def register_dataset(name: str, json_file: str, image_root: str) -> dict:
+def register_dataset(name: str, json_file: str, image_root: str) -> Annotations:
     """Registers a COCO-format detection set with Detectron2 after a look at its files.
 
     Args:
@@ -36,13 +34,13 @@ def register_dataset(name: str, json_file: str, image_root: str) -> dict:
         image_root: the folder to which the file names in ``json_file`` are relative.
 
     Returns:
-        what ``json_file`` holds.
+        what ``json_file`` holds that counts.
 
     Raises:
         UserError: a file is missing or malformed.
     """
-    content = read_annotations(json_file)
-    check_annotations(json_file, content)
+    annotations = read_annotations(json_file)
+    content = annotations.content
     if not Path(image_root).is_dir():
         raise UserError(f"data set {name}: there is no image folder {image_root}")
     missing = missing_images(content["images"], image_root)
@@ -54,113 +52,17 @@ def register_dataset(name: str, json_file: str, image_root: str) -> dict:
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
-    register_coco_instances(name, {}, json_file, image_root)
+    register_coco_instances(name, {}, annotations.readable, image_root)
+    for note in annotations.notes:
+        logger.info(f"data set {name}: {note}")
     categories = sorted(content["categories"], key=lambda category: category["id"])
     MetadataCatalog.get(name).set(thing_classes=[category["name"] for category in categories])
-    return content
+    return annotations
 
 
 def missing_images(images: Sequence[dict], image_root: str) -> list[str]:
     """The file names of those of COCO's ``images`` that are not in ``image_root``."""
     return [image["file_name"] for image in images if not Path(image_root, image["file_name"]).is_file()]
-
-
-def check_file_names(json_file: str, images: Sequence[Any]) -> None:
-    """Checks that COCO's ``images`` stay inside their folder: an annotation file may come from a stranger.
-
-    What is a link in that folder may lead anywhere, as its owner has made it.
-
-    Raises:
-        UserError: a file name is none, or one that leads out of the folder; names the first.
-    """
-    for image in images:
-        name = image.get("file_name", "") if isinstance(image, dict) else ""
-        if not isinstance(name, str) or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UserError(
-                f"{json_file} names the image {str(name)[:100]!a}: file names must be relative to the image folder and "
-                "stay in it"
-            )
-
-
-def read_annotations(json_file: str) -> dict:
-    """Reads COCO instance annotations.
-
-    Raises:
-        UserError: there is no such file, it is no JSON, or it lacks a list that COCO's format has.
-    """
-    try:
-        content = json.loads(Path(json_file).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"there is no annotation file {json_file}") from error
-    except OSError as error:
-        raise UserError(f"the annotation file {json_file} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{json_file} is not JSON: {error}") from error
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise UserError(f"{json_file} is not in COCO's instance format: it has no list {key!r}")
-    for key in ("images", "categories"):
-        if not content[key]:
-            raise UserError(f"{json_file} has no {key}")
-    check_file_names(json_file, content["images"])
-    return content
-
-
-def check_annotations(json_file: str, content: dict) -> None:
-    """Checks what :func:`read_annotations` read.
-
-    Raises:
-        UserError: an entry lacks a field, refers to nothing, or has a value that is none; names the first.
-    """
-
-    def ids(key: str, fields: Sequence[str]) -> set:
-        for entry in content[key]:
-            if not isinstance(entry, dict):
-                raise UserError(f"{json_file}: an entry of {key} is no object with names and values: {str(entry)[:80]}")
-            lacking = [field for field in ("id", *fields) if field not in entry]
-            if lacking:
-                raise UserError(f"{json_file}: an entry of {key} lacks {lacking[0]!r}: {str(entry)[:80]}")
-        wrong = [entry["id"] for entry in content[key] if not isinstance(entry["id"], int)]
-        if wrong:
-            raise UserError(f"{json_file}: an id of {key} is {wrong[0]!r}: ids are whole numbers")
-        found = {entry["id"] for entry in content[key]}
-        if len(found) < len(content[key]):
-            raise UserError(f"{json_file}: the ids of {key} are not unique")
-        return found
-
-    images = ids("images", ("file_name", "height", "width"))
-    sizes = {image["id"]: [image["height"], image["width"]] for image in content["images"]}
-    categories = ids("categories", ("name",))
-    ids("annotations", ("image_id", "category_id", "bbox", "area"))
-    for entry in content["annotations"]:
-        where = f"{json_file}: annotation {entry['id']}"
-        if not isinstance(entry["image_id"], int) or entry["image_id"] not in images:
-            raise UserError(f"{where} is of image {entry['image_id']}, which is not among the images")
-        if not isinstance(entry["category_id"], int) or entry["category_id"] not in categories:
-            raise UserError(f"{where} is of category {entry['category_id']}, which is not among the categories")
-        box = entry["bbox"]
-        is_four = isinstance(box, list) and len(box) == 4
-        is_finite = is_four and all(isinstance(value, int | float) and math.isfinite(value) for value in box)
-        if not is_finite or box[2] < 0 or box[3] < 0:
-            raise UserError(f"{where} has the box {box}; four finite numbers x, y, width, height are needed")
-        fault = mask_fault(entry.get("segmentation") or [], sizes[entry["image_id"]])
-        if fault:
-            raise UserError(f"{where}: {fault}")
-
-
-def mask_fault(segmentation: Any, size: Sequence[int]) -> str | None:
-    """What is wrong with a mask in COCO's format, if anything; ``size``: height and width of its image.
-
-    Looks at its form, not at each number.
-    """
-    if isinstance(segmentation, list):
-        is_sound = all(isinstance(polygon, list) for polygon in segmentation)
-        return None if is_sound else "its mask is a list, but not of polygons [x, y, x, y, ...]"
-    if not isinstance(segmentation, dict) or not isinstance(segmentation.get("counts"), str | list):
-        return "its mask is neither a list of polygons nor RLE with size and counts"
-    if segmentation.get("size") != list(size):
-        return f"its mask has the size {segmentation.get('size')}, its image {list(size)} (height, width)"
-    return None
 
 
 def use_datasets(
@@ -176,8 +78,8 @@ def use_datasets(
     Raises:
         UserError: a data set cannot be used, or ``NUM_CLASSES`` was set by hand to something else.
     """
-    contents = {name: register_dataset(name, json_file, image_root) for name, json_file, image_root in datasets}
-    names = list(contents)
+    found = {name: register_dataset(name, json_file, image_root) for name, json_file, image_root in datasets}
+    names = list(found)
     by_hand = set(overrides[::2])
     if names and not set(names) & {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}:
         train = tuple(name for name in names if "train" in name) or tuple(names[:1])
@@ -189,6 +91,9 @@ def use_datasets(
         logger.info(f"training on {', '.join(cfg.DATASETS.TRAIN)}, testing on {', '.join(cfg.DATASETS.TEST)}")
     used = (*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST)
     check_datasets(used)
+    for name in [] if eval_only else set(found) & set(cfg.DATASETS.TRAIN):
+        if not found[name].has_annotations:
+            raise UserError(f"{found[name].path} has no list 'annotations', so there is nothing to train on")
     classes = _classes(used[0]) if used else None
     head = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
     key = f"MODEL.{head}.NUM_CLASSES"
@@ -198,7 +103,7 @@ def use_datasets(
     if classes and len(classes) != number:
         raise UserError(f"{key} is {number}, but {used[0]} has {len(classes)} categories: set it to that")
     for name in set(names) & set(used) if cfg.MODEL.MASK_ON else ():
-        entries = ((f"annotation {entry['id']} of {name}", entry) for entry in contents[name]["annotations"])
+        entries = ((f"annotation {entry['id']} of {name}", entry) for entry in found[name].content["annotations"])
         check_masks(cfg, entries, are_trained=name in cfg.DATASETS.TRAIN and not eval_only)
 
 
@@ -246,9 +151,6 @@ def check_datasets(names: Sequence[str]) -> None:
 def _classes(name: str) -> list[str] | None:
     metadata = MetadataCatalog.get(name)
     if metadata.get("thing_classes") is None and metadata.get("json_file"):
-        categories = read_annotations(metadata.json_file)["categories"]
-        try:
-            metadata.thing_classes = [c["name"] for c in sorted(categories, key=lambda category: category["id"])]
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{metadata.json_file}: a category lacks its id or its name ({error!r})") from error
+        categories = read_annotations(metadata.json_file).content["categories"]
+        metadata.thing_classes = [c["name"] for c in sorted(categories, key=lambda category: category["id"])]
     return metadata.get("thing_classes")

@@ -1,7 +1,6 @@
 """What a run is made from: the config, the content of its files and the versions, and where two runs differ."""
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from detectron2.data import MetadataCatalog
 
 from .. import __version__
 from ..config import sge_options
+from ..data.annotations import read_annotations
 from ..errors import UserError
 
 FINGERPRINT_FILE = "fingerprint.json"
@@ -73,13 +73,11 @@ class Contents:
                 )
             digest = hashlib.sha256(self._file(metadata.json_file).encode())
             try:
-                for image in json.loads(Path(metadata.json_file).read_bytes())["images"]:
+                for image in read_annotations(metadata.json_file).content["images"]:
                     size = os.stat(os.path.join(metadata.image_root, image["file_name"])).st_size
                     digest.update(f"{image['file_name']} {size}\n".encode())
             except FileNotFoundError as error:
                 raise UserError(f"data set {name}: the image {error.filename} is not there") from error
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{metadata.json_file} is not in COCO's format: {error}") from error
             self.known[name] = digest.hexdigest()
         return self.known[name]
 

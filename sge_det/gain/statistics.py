@@ -13,7 +13,7 @@ import hotcoco
 import numpy as np
 from tqdm import tqdm
 
-from ..data.datasets import check_annotations, mask_fault, read_annotations
+from ..data.annotations import mask_fault, read_annotations
 from ..errors import UserError
 from ..evaluation.bootstrap import bootstrap_metrics, image_weights
 from ..evaluation.coco import TASKS, coco_metrics, evaluate_detections
@@ -152,17 +152,15 @@ class GroundTruth:
     """
 
     def __init__(self, path: str | Path):
-        content = read_annotations(str(path))
-        check_annotations(str(path), content)
-        self.content = content
+        annotations = read_annotations(path)
+        if not annotations.has_annotations:
+            raise UserError(f"{path} has no list 'annotations': there is nothing to compare the detections with")
+        self.content = content = annotations.content
         self.images: dict[int, dict] = {image["id"]: image for image in content["images"]}
         self.categories: dict[int, str] = {entry["id"]: entry["name"] for entry in content["categories"]}
         self.annotations: list[dict] = content["annotations"]
         self.has_masks = any(entry.get("segmentation") for entry in self.annotations)
-        try:
-            self.coco = hotcoco.COCO(str(path))
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"{path} is not in COCO's instance format: {error}") from error
+        self.coco = annotations.coco
 
     def annotations_of(self, image_id: int) -> list[dict]:
         """The objects and crowd regions of an image."""

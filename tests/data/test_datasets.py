@@ -96,11 +96,11 @@ def change(content, key, **changes):
         (lambda c: change(c, "annotations", category_id=99), "category 99"),
         (lambda c: change(c, "annotations", image_id=99), "image 99"),
         (lambda c: change(c, "annotations", bbox=[0, 0, float("nan"), 1]), "four finite numbers"),
-        (lambda c: change(c, "annotations", bbox=[5, 5, -2, 1]), "four finite numbers"),
+        (lambda c: change(c, "annotations", bbox=[5, 5, -2, 1]), "must not be negative"),
         (lambda c: change(c, "annotations", bbox=None), "four finite numbers"),
-        (lambda c: change(c, "annotations", image_id=[1]), "image [1]"),
-        (lambda c: c["annotations"].append(7), "an entry of annotations is no object"),
-        (lambda c: change(c, "images", id="first"), "ids are whole numbers"),
+        (lambda c: change(c, "annotations", image_id=[1]), "the image_id [1]: a whole number"),
+        (lambda c: c["annotations"].append(7), "of annotations is no object"),
+        (lambda c: change(c, "images", id="first"), 'has the id "first": a whole number'),
         (lambda c: c["annotations"][0].pop("bbox"), "lacks 'bbox'"),
         (lambda c: c["images"].append(c["images"][0]), "ids of images are not unique"),
         (lambda c: change(c, "images", file_name="elsewhere.jpg"), "elsewhere.jpg"),
@@ -225,7 +225,9 @@ def test_file_names_stay_in_the_image_folder(sample, tmp_path, name):
     content["images"][1]["file_name"] = name
     (tmp_path / "a.json").write_text(json.dumps(content))
     (tmp_path / "secret.jpg").write_bytes(b"")
-    with pytest.raises(sge_det.UserError, match="must be relative to the image folder and stay in it"):
+    with pytest.raises(
+        sge_det.UserError, match=r"must be relative to the image folder|a name is needed"
+    ):
         register_dataset("outside", str(tmp_path / "a.json"), str(sample / "val"))
 
 

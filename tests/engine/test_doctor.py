@@ -415,11 +415,11 @@ def registered(sample_datasets):
 @pytest.mark.parametrize(
     ("change", "severity", "words"),
     [
-        (repeat_image, "error", "two images have the same id (1: ids "),
-        (repeat_annotation, "error", "two annotations have the same id (1: ids "),
-        (repeat_category, "error", "two categories have the same id (1: ids "),
-        (lose_image_entry, "error", "annotations are of images that are not in it"),
-        (lose_category, "error", "annotations are of categories that are not in it"),
+        (repeat_image, "error", "the ids of images are not unique, "),
+        (repeat_annotation, "error", "the ids of annotations are not unique, "),
+        (repeat_category, "error", "the ids of categories are not unique, "),
+        (lose_image_entry, "error", "which is not among the images"),
+        (lose_category, "error", "which is not among the categories"),
         (rename_image, "error", "1 of the 8 images of"),
         (flatten, "warning", "boxes have no width or no height (1: ids "),
         (widen, "warning", "boxes reach outside their image (1: ids "),
@@ -457,7 +457,7 @@ def test_annotations_that_are_no_coco(registered, tmp_path):
     (tmp_path / "changed.json").write_text("[1, 2")
     (finding,) = examine_dataset(name)
     assert finding.severity == "error"
-    assert "changed.json is not in COCO's instance format" in finding.problem
+    assert "changed.json is not JSON" in finding.problem
 
 
 def test_bad_data_on_the_command_line(examine, sample_datasets):
