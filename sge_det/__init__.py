@@ -15,6 +15,7 @@ from .modeling.blocks import (
     sge_attention,
 )
 from .modeling.gates import record_gates
+from .modeling.insert import Insertion, insert_sge
 from .modeling.resnet import (
     build_retinanet_sge_resnet_fpn_backbone,
     build_sge_resnet_backbone,
@@ -31,6 +32,7 @@ __all__ = [
     "AttentiveBasicBlock",
     "AttentiveBottleneckBlock",
     "AttentiveDeformBottleneckBlock",
+    "Insertion",
     "SGEBasicBlock",
     "SGEBottleneckBlock",
     "SGEDeformBottleneckBlock",
@@ -45,6 +47,7 @@ __all__ = [
     "build_sge_resnet_fpn_backbone",
     "get_config",
     "get_config_file",
+    "insert_sge",
     "make_sge_stages",
     "record_gates",
     "scale_sge_lr",
