@@ -454,7 +454,10 @@ def _global(machine: Unpickler) -> Any:
 
 
 def _instance(machine: Unpickler) -> None:
-    raise Refused(_shown(".".join(machine.stream.line().decode("latin1") for _ in range(2))))
+    path = ".".join(machine.stream.line().decode("latin1") for _ in range(2))
+    if not all(part.isidentifier() for part in path.split(".")):  # a text file that happens to begin so
+        raise Damaged("it is no pickle")
+    raise Refused(_shown(path))
 
 
 def _persistent(machine: Unpickler) -> Any:

@@ -56,7 +56,7 @@ def test_maps_are_the_formulas(cfg, tmp_path):
     np.testing.assert_allclose(maps.before, groups.mean((0, 1))[:, :7], atol=1e-5)
     np.testing.assert_allclose(maps.after, (groups * gates[:, None]).mean((0, 1))[:, :7], atol=1e-5)
     assert instances.image_size == (32, 55)
-    assert torch.equal(instances.scores, predictor(predictor.read(path)).scores)
+    torch.testing.assert_close(instances.scores, predictor(predictor.read(path)).scores)
     assert not any(layer._forward_pre_hooks for layer in sge_layers(predictor.model).values())
     assert layer_maps(predictor.model, name, {"image": torch.zeros(3, 64, 64), "height": 64, "width": 64})[
         1

@@ -225,9 +225,7 @@ def test_file_names_stay_in_the_image_folder(sample, tmp_path, name):
     content["images"][1]["file_name"] = name
     (tmp_path / "a.json").write_text(json.dumps(content))
     (tmp_path / "secret.jpg").write_bytes(b"")
-    with pytest.raises(
-        sge_det.UserError, match=r"must be relative to the image folder|a name is needed"
-    ):
+    with pytest.raises(sge_det.UserError, match=r"must be relative to the image folder|a name is needed"):
         register_dataset("outside", str(tmp_path / "a.json"), str(sample / "val"))
 
 
