@@ -48,7 +48,7 @@ class Annotations:
 
     Attributes:
         path: the file.
-        content: "images" (id, file_name, height, width), "categories" (id, name) and "annotations" (id, image_id,
+        content: "images" (id, file_name, height, width), "categories" (id, name, keypoints where they are listed) and "annotations" (id, image_id,
             category_id, bbox, area, iscrowd, and segmentation where there is one), for hotcoco.
         has_annotations: whether the file has a list of them: test sets need none.
         warnings: what may be meant and probably is not, each with what to do.
@@ -210,7 +210,9 @@ class _Reader:
         number = self._whole_number(entry, "id", f"category {_shown(entry['name'])}", -_MOST_ID, _MOST_ID)
         if not isinstance(entry["name"], str):
             raise UserError(f"{self.path}: category {number} has the name {_shown(entry['name'])}: a text is needed")
-        return {"id": number, "name": entry["name"]}
+        points = entry.get("keypoints")
+        are_names = isinstance(points, list) and points and all(isinstance(point, str) for point in points)
+        return {"id": number, "name": entry["name"], **({"keypoints": points} if are_names else {})}
 
     def _object(self, entry: dict, sizes: dict[int, tuple[int, int]], names: dict[int, str]) -> dict:
         number = self._whole_number(entry, "id", f"annotation {_shown(entry['id'])}", -_MOST_ID, _MOST_ID)

@@ -14,6 +14,9 @@ from .annotations import Annotations, read_annotations
 
 logger = logging.getLogger(__name__)
 
+# Models without a head for objects, whose classes would have to agree with the data set's.
+_WITHOUT_OBJECTS = ("SemanticSegmentor", "PanopticDeepLab")
+
 
 def register_sample() -> None:
     """Registers ``sge_sample_train`` and ``sge_sample_val``: what tools/make_sample_coco.py makes, where it is asked
@@ -57,7 +60,16 @@ def register_dataset(name: str, json_file: str, image_root: str) -> Annotations:
         logger.info(f"data set {name}: {note}")
     categories = sorted(content["categories"], key=lambda category: category["id"])
     MetadataCatalog.get(name).set(thing_classes=[category["name"] for category in categories])
+    points = next((category["keypoints"] for category in categories if category.get("keypoints")), None)
+    if points:
+        MetadataCatalog.get(name).set(keypoint_names=list(points), keypoint_flip_map=_mirrored(points))
     return annotations
+
+
+def _mirrored(points: Sequence[str]) -> list[tuple[str, str]]:
+    """The pairs of keypoints that change places in a mirrored image: those named left and right of the same."""
+    pairs = ((point, point.replace("left", "right")) for point in points if "left" in point)
+    return [(left, right) for left, right in pairs if right in points]
 
 
 def missing_images(images: Sequence[dict], image_root: str) -> list[str]:
@@ -94,6 +106,8 @@ def use_datasets(
     for name in [] if eval_only else set(found) & set(cfg.DATASETS.TRAIN):
         if not found[name].has_annotations:
             raise UserError(f"{found[name].path} has no list 'annotations', so there is nothing to train on")
+    if cfg.MODEL.META_ARCHITECTURE in _WITHOUT_OBJECTS:
+        return
     classes = _classes(used[0]) if used else None
     head = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
     key = f"MODEL.{head}.NUM_CLASSES"
@@ -102,9 +116,36 @@ def use_datasets(
     number = cfg.MODEL[head].NUM_CLASSES
     if classes and len(classes) != number:
         raise UserError(f"{key} is {number}, but {used[0]} has {len(classes)} categories: set it to that")
+    if cfg.MODEL.KEYPOINT_ON and set(names) & set(used):
+        _use_keypoints(cfg, used[0], by_hand)
     for name in set(names) & set(used) if cfg.MODEL.MASK_ON else ():
         entries = ((f"annotation {entry['id']} of {name}", entry) for entry in found[name].content["annotations"])
         check_masks(cfg, entries, are_trained=name in cfg.DATASETS.TRAIN and not eval_only)
+
+
+def _use_keypoints(cfg: CfgNode, name: str, by_hand: set[str]) -> None:
+    """Lets ``NUM_KEYPOINTS`` follow the data set ``name`` where it was not set by hand.
+
+    Raises:
+        UserError: the data set has no keypoints, or another number of them than was set by hand.
+    """
+    points = MetadataCatalog.get(name).get("keypoint_names")
+    if not points:
+        raise UserError(
+            f"no category of {name} lists its keypoints, and this config is of a keypoint detector: set "
+            "MODEL.KEYPOINT_ON False, or give the category its list 'keypoints'"
+        )
+    key = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
+    if key not in by_hand:
+        cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = len(points)
+    number = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    if number != len(points):
+        raise UserError(f"{key} is {number}, but {name} has {len(points)} keypoints: set it to that")
+    if not cfg.TEST.KEYPOINT_OKS_SIGMAS and number != 17:
+        raise UserError(
+            f"{name} has {number} keypoints, and COCO's metric knows its own 17 alone: set TEST.KEYPOINT_OKS_SIGMAS to "
+            f"{number} numbers"
+        )
 
 
 def check_masks(cfg: CfgNode, entries: Iterable[tuple[str, dict]], *, are_trained: bool) -> None:

@@ -3,6 +3,7 @@
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from detectron2.data import (
 )
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
+from PIL import Image
 
 from ..errors import UserError
 from .datasets import check_masks
@@ -28,11 +30,16 @@ def build_train_loader(cfg: CfgNode, seed: int) -> "ReplayableLoader":
         UserError: there is nothing to train on, or the batch cannot be divided among the processes.
     """
     try:
-        dicts = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+        dicts = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
+            proposal_files=_proposal_files(cfg),
+        )
     except AssertionError as error:
         raise UserError(f"DATASETS.TRAIN {cfg.DATASETS.TRAIN} holds no image with an object: {error}") from error
     if cfg.MODEL.MASK_ON:
-        entries = ((f"an object in {d['file_name']}", entry) for d in dicts for entry in d["annotations"])
+        entries = ((f"an object in {d['file_name']}", entry) for d in dicts for entry in d.get("annotations", ()))
         check_masks(cfg, entries, are_trained=True)
     name = cfg.DATALOADER.SAMPLER_TRAIN
     if name == "TrainingSampler":
@@ -51,7 +58,7 @@ def build_train_loader(cfg: CfgNode, seed: int) -> "ReplayableLoader":
         raise UserError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is not a multiple of the {world} processes")
     wide = None
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
-        wide = [d["width"] > d["height"] for d in dicts]
+        wide = [_is_wide(d) for d in dicts]
     return ReplayableLoader(
         _SeededDataset(DatasetFromList(dicts, copy=False), DatasetMapper(cfg, is_train=True), seed),
         sampler,
@@ -59,6 +66,39 @@ def build_train_loader(cfg: CfgNode, seed: int) -> "ReplayableLoader":
         wide=wide,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
+
+
+def _proposal_files(cfg: CfgNode) -> tuple[str, ...] | None:
+    """The files of precomputed proposals of the training sets; None for a model that makes its own.
+
+    Raises:
+        UserError: there is not one for each set, or one cannot be found.
+    """
+    if not cfg.MODEL.LOAD_PROPOSALS:
+        return None
+    files = tuple(cfg.DATASETS.PROPOSAL_FILES_TRAIN)
+    if len(files) != len(cfg.DATASETS.TRAIN):
+        raise UserError(
+            f"MODEL.LOAD_PROPOSALS is on, and DATASETS.PROPOSAL_FILES_TRAIN names {len(files)} files for "
+            f"{len(cfg.DATASETS.TRAIN)} training sets: give one for each"
+        )
+    for file in files:
+        if "://" not in file and not Path(file).is_file():
+            raise UserError(f"DATASETS.PROPOSAL_FILES_TRAIN names {file}, which does not exist")
+    return files
+
+
+def _is_wide(example: dict) -> bool:
+    """Whether an image is wider than high; read from its file where the data set does not say."""
+    if "width" in example and "height" in example:
+        return example["width"] > example["height"]
+    try:
+        with Image.open(example["file_name"]) as image:
+            width, height = image.size
+            # the orientations that Detectron2's reader turns by a quarter
+            return width < height if image.getexif().get(274, 1) >= 5 else width > height
+    except OSError as error:
+        raise UserError(f"the image {example['file_name']} cannot be read: {error}") from error
 
 
 class ReplayableLoader:

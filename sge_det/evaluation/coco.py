@@ -10,9 +10,21 @@ from pathlib import Path
 
 import hotcoco
 from detectron2.config import CfgNode
-from detectron2.evaluation import COCOEvaluator
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+)
 from detectron2.evaluation.coco_evaluation import _evaluate_predictions_on_coco
 
+from ..errors import UserError
 from ..files import write_file
 
 logger = logging.getLogger(__name__)
@@ -115,21 +127,52 @@ class HotcocoEvaluator(COCOEvaluator):
         )
 
 
-def build_evaluator(cfg: CfgNode, dataset_name: str, folder: str = "inference") -> HotcocoEvaluator:
-    """The COCO evaluator (boxes, and masks and keypoints where the model has them).
+def build_evaluator(cfg: CfgNode, dataset_name: str, folder: str = "inference") -> DatasetEvaluator:
+    """The evaluator for the ``evaluator_type`` of a data set.
 
-    It writes to ``folder`` in ``OUTPUT_DIR``, with several test sets to a folder for each in it.
+    COCO's is :class:`HotcocoEvaluator` (boxes, and masks and keypoints where the model has them), which serves sets
+    without a type too; "pascal_voc", "lvis", "cityscapes_instance", "cityscapes_sem_seg", "sem_seg" and
+    "coco_panoptic_seg" get Detectron2's own. It writes to ``folder`` in ``OUTPUT_DIR``, with several test sets to a
+    folder for each in it.
+
+    Raises:
+        UserError: there is no evaluator of that type, or a package that it needs is missing.
     """
     folder = os.path.join(cfg.OUTPUT_DIR, folder)
     if len(cfg.DATASETS.TEST) > 1:
         folder = os.path.join(folder, dataset_name)
-    return HotcocoEvaluator(
-        dataset_name,
-        model_tasks(cfg),
-        output_dir=folder,
-        use_fast_impl=False,
-        kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
-    )
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type") or "coco"
+    try:
+        evaluators = _evaluators(kind, cfg, dataset_name, folder)
+    except ImportError as error:
+        raise UserError(f"{dataset_name} is evaluated as {kind}, for which a package is missing: {error}") from error
+    if not evaluators:
+        raise UserError(
+            f"the data set {dataset_name} has the evaluator_type {kind!r}, which is none of coco, pascal_voc, lvis, "
+            "cityscapes_instance, cityscapes_sem_seg, sem_seg and coco_panoptic_seg"
+        )
+    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+
+
+def _evaluators(kind: str, cfg: CfgNode, name: str, folder: str) -> list[DatasetEvaluator]:
+    evaluators: list[DatasetEvaluator] = []
+    if kind in ("sem_seg", "coco_panoptic_seg"):
+        evaluators.append(SemSegEvaluator(name, output_dir=folder))
+    if kind in ("coco", "coco_panoptic_seg"):
+        sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
+        tasks = model_tasks(cfg)
+        evaluators.append(HotcocoEvaluator(name, tasks, output_dir=folder, use_fast_impl=False, kpt_oks_sigmas=sigmas))
+    if kind == "coco_panoptic_seg":
+        evaluators.append(COCOPanopticEvaluator(name, folder))
+    if kind == "cityscapes_instance":
+        evaluators.append(CityscapesInstanceEvaluator(name))
+    if kind == "cityscapes_sem_seg":
+        evaluators.append(CityscapesSemSegEvaluator(name))
+    if kind == "pascal_voc":
+        evaluators.append(PascalVOCDetectionEvaluator(name))
+    if kind == "lvis":
+        evaluators.append(LVISEvaluator(name, model_tasks(cfg), output_dir=folder))
+    return evaluators
 
 
 def model_tasks(cfg: CfgNode) -> tuple[str, ...]:

@@ -1,0 +1,162 @@
+"""Each kind of data set gets its evaluator, and models of each kind train and evaluate on small generated sets."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+from conftest import TINY
+from detectron2 import evaluation
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+from sge_det import UserError
+from sge_det.data.loader import build_train_loader
+from sge_det.engine.training import setup_config, train
+from sge_det.evaluation.coco import HotcocoEvaluator, build_evaluator
+
+FASTER = "sample/faster_rcnn_SGE_R_50_FPN.yaml"
+SLIM = [*TINY, "MODEL.RESNETS.DEPTH", "18", "SOLVER.MAX_ITER", "1", "DATALOADER.NUM_WORKERS", "0"]
+
+
+@pytest.fixture
+def register():
+    """Registers sets for the time of a test."""
+    names = []
+
+    def add(name, dicts=list, **metadata):
+        DatasetCatalog.register(name, dicts)
+        MetadataCatalog.get(name).set(**metadata)
+        names.append(name)
+        return name
+
+    yield add
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "evaluator"),
+    [("coco", HotcocoEvaluator), (None, HotcocoEvaluator), ("sem_seg", evaluation.SemSegEvaluator)],
+)
+def test_each_type_has_its_evaluator(register, sample, sample_datasets, tmp_path, kind, evaluator):
+    cfg = setup_config(FASTER, [*SLIM, "OUTPUT_DIR", str(tmp_path)], sample_datasets)
+    metadata = {
+        "json_file": str(sample / "annotations/instances_val.json"),
+        "stuff_classes": ["a"],
+        "ignore_label": 255,
+    }
+    name = register("typed", **metadata, **({"evaluator_type": kind} if kind else {}))
+    assert type(build_evaluator(cfg, name)) is evaluator
+
+
+def test_pascals_evaluator_is_detectron2s(register, sample_datasets, tmp_path):
+    cfg = setup_config(FASTER, [*SLIM, "OUTPUT_DIR", str(tmp_path)], sample_datasets)
+    (tmp_path / "voc").mkdir()
+    facts = {"dirname": str(tmp_path / "voc"), "year": 2007, "split": "test", "thing_classes": ["a"]}
+    name = register("voc", evaluator_type="pascal_voc", **facts)
+    assert type(build_evaluator(cfg, name)) is evaluation.PascalVOCDetectionEvaluator
+
+
+def test_an_unknown_type_is_told(register, sample_datasets, tmp_path):
+    cfg = setup_config(FASTER, [*SLIM, "OUTPUT_DIR", str(tmp_path)], sample_datasets)
+    name = register("unknown", evaluator_type="odd")
+    with pytest.raises(UserError, match="unknown has the evaluator_type 'odd'"):
+        build_evaluator(cfg, name)
+
+
+def test_semantic_segmentation_trains_and_evaluates(register, tmp_path):
+    generator = np.random.default_rng(0)
+    dicts = []
+    for index in range(3):
+        image, labels = tmp_path / f"{index}.png", tmp_path / f"{index}_labels.png"
+        Image.fromarray(generator.integers(0, 255, (64, 80, 3), dtype=np.uint8)).save(image)
+        Image.fromarray(generator.integers(0, 3, (64, 80), dtype=np.uint8)).save(labels)
+        # neither width nor height, which Detectron2's loader takes from the image
+        dicts.append({"file_name": str(image), "sem_seg_file_name": str(labels), "image_id": index})
+    facts = {"stuff_classes": ["a", "b", "c"], "ignore_label": 255, "evaluator_type": "sem_seg"}
+    name = register("semantic", lambda: [dict(entry) for entry in dicts], **facts)
+    overrides = ["MODEL.META_ARCHITECTURE", "SemanticSegmentor", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "3"]
+    overrides += [
+        "DATASETS.TRAIN",
+        f"('{name}',)",
+        "DATASETS.TEST",
+        f"('{name}',)",
+        "OUTPUT_DIR",
+        str(tmp_path / "run"),
+    ]
+    cfg = setup_config(FASTER, [*SLIM, *overrides])
+    results = train(cfg)
+    assert 0 <= results["sem_seg"]["mIoU"] <= 100
+
+
+@pytest.fixture
+def with_keypoints(sample, tmp_path):
+    """The sample as a set of keypoints: two for each object of one image, one for the others."""
+    content = json.loads((sample / "annotations/instances_train.json").read_text())
+    rich = content["annotations"][0]["image_id"]
+    content["categories"] = [{"id": 1, "name": "thing", "keypoints": ["left_end", "right_end"], "skeleton": [[1, 2]]}]
+    for entry in content["annotations"]:
+        x, y, width, height = entry["bbox"]
+        seen = 2 if entry["image_id"] == rich else 0
+        entry |= {"category_id": 1, "iscrowd": 0, "num_keypoints": 1 + seen // 2}
+        entry["keypoints"] = [x + width / 4, y + height / 2, 2, x + width / 2, y + height / 2, seen]
+    path = tmp_path / "keypoints.json"
+    path.write_text(json.dumps(content))
+    count = sum(2 if entry["image_id"] == rich else 1 for entry in content["annotations"] if entry["image_id"] == rich)
+    return ("tiny_points", str(path), str(sample / "train")), count
+
+
+KEYPOINTS = [*SLIM, "MODEL.KEYPOINT_ON", "True", "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", "(8,)"]
+
+
+def test_keypoints_of_a_data_set_by_file_train_and_evaluate(with_keypoints, tmp_path):
+    triple, _ = with_keypoints
+    sigmas = ["TEST.KEYPOINT_OKS_SIGMAS", "[0.1, 0.1]", "OUTPUT_DIR", str(tmp_path / "run")]
+    cfg = setup_config(FASTER, [*KEYPOINTS, *sigmas], [triple])
+    assert cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS == 2
+    assert MetadataCatalog.get("tiny_points").keypoint_flip_map == [("left_end", "right_end")]
+    results = train(cfg)
+    assert set(results) == {"bbox", "keypoints"}
+
+
+def test_keypoints_that_do_not_fit_are_told(with_keypoints, sample_datasets):
+    triple, _ = with_keypoints
+    with pytest.raises(UserError, match=r"tiny_points has 2 keypoints.*KEYPOINT_OKS_SIGMAS"):
+        setup_config(FASTER, KEYPOINTS, [triple])
+    with pytest.raises(UserError, match="NUM_KEYPOINTS is 5, but tiny_points has 2"):
+        setup_config(FASTER, [*KEYPOINTS, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "5"], [triple])
+    with pytest.raises(UserError, match="no category of tiny_train lists its keypoints"):
+        setup_config(FASTER, KEYPOINTS, sample_datasets)
+
+
+def test_images_with_few_keypoints_do_not_train(with_keypoints):
+    triple, count = with_keypoints
+    least = ["MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE", str(count), "TEST.KEYPOINT_OKS_SIGMAS", "[0.1, 0.1]"]
+    cfg = setup_config(FASTER, [*KEYPOINTS, *least], [triple])
+    loader = build_train_loader(cfg, 0)
+    points = [
+        sum(sum(seen > 0 for seen in entry["keypoints"][2::3]) for entry in example["annotations"])
+        for example in loader.dataset.examples
+    ]
+    assert points and min(points) >= count
+    assert len(points) < len(DatasetCatalog.get("tiny_points"))
+
+
+def test_proposals_reach_the_training_loader(sample_datasets, tmp_path):
+    cfg = setup_config(FASTER, SLIM, sample_datasets)
+    ids = [example["image_id"] for example in DatasetCatalog.get("tiny_train")]
+    boxes = np.array([[4.0, 6.0, 30.0, 40.0], [10.0, 10.0, 50.0, 60.0]], dtype=np.float32)
+    scores = np.array([0.5, 0.25], dtype=np.float32)
+    file = tmp_path / "proposals.pkl"
+    found = {"ids": ids, "boxes": [boxes] * len(ids), "objectness_logits": [scores] * len(ids), "bbox_mode": 0}
+    file.write_bytes(pickle.dumps(found))
+    cfg.MODEL.LOAD_PROPOSALS = True
+    for files, reason in (((), "names 0 files for 1"), ((str(tmp_path / "no.pkl"),), "no.pkl, which does not exist")):
+        cfg.DATASETS.PROPOSAL_FILES_TRAIN = files
+        with pytest.raises(UserError, match=reason):
+            build_train_loader(cfg, 0)
+    cfg.DATASETS.PROPOSAL_FILES_TRAIN = (str(file),)
+    batch = next(iter(build_train_loader(cfg, 0)))
+    assert [example["proposals"].proposal_boxes.tensor.shape for example in batch] == [(2, 4)] * 2
