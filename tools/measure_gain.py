@@ -16,10 +16,11 @@ from detectron2.engine import default_argument_parser
 
 from sge_det.engine.training import add_dataset_option
 from sge_det.errors import UserError, user_errors
-from sge_det.gain import Launch, Matrix, Measurement, RunFailed, compare_results, measure_gain
+from sge_det.gain import Launch, Matrix, Measurement, Question, RunFailed, compare_results, measure_gain
 from sge_det.gain.arms import BUILT_IN
+from sge_det.gain.inference import MARGIN
 from sge_det.gain.report import metric_table
-from sge_det.gain.statistics import TASK_NAMES
+from sge_det.gain.verdict import DIFFERENCE, TASK_NAMES
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,11 +32,10 @@ def parser() -> argparse.ArgumentParser:
     add = arguments.add_argument
     add("--config-file", default="", metavar="FILE", help="the config that the arms share")
     add("--output", required=True, metavar="DIR", help="folder of the runs and the report")
-    add("--seeds", nargs="+", type=int, default=[0], metavar="K", help="a run of each arm for each (default 0)")
+    add("--seeds", nargs="+", type=int, metavar="K", help="a run of each arm for each (default 0)")
     add(
         "--arms",
         nargs="+",
-        default=["plain", "sge"],
         metavar="NAME",
         help=f"the first is the reference; of {', '.join(BUILT_IN)} and those of --arm (default plain sge)",
     )
@@ -43,6 +43,16 @@ def parser() -> argparse.ArgumentParser:
     add_dataset_option(arguments, "register a COCO-format data set (repeatable), as in train_net.py")
     add("--jobs", type=int, default=1, metavar="N", help="runs at once; they share the cores and GPUs (default 1)")
     add("--bootstrap", type=int, default=1000, metavar="N", help="image bootstrap samples; 0 for none (default 1000)")
+    question = arguments.add_argument_group("question", "what the verdict answers; named before the first run")
+    question.add_argument("--metric", default="AP", help="the primary metric, of boxes; all others are exploratory")
+    question.add_argument(
+        "--margin", type=float, default=MARGIN, metavar="AP", help=f"the least difference that matters ({MARGIN:g})"
+    )
+    question.add_argument(
+        "--difference", type=float, default=DIFFERENCE, metavar="AP", help=f"whose power is told ({DIFFERENCE:g})"
+    )
+    question.add_argument("--unpaired", action="store_true", help="the runs of a seed do not belong together: Welch")
+    question.add_argument("--against", metavar="ARM", help="the reference, if not the first arm")
     add("--import", dest="imports", action="append", default=[], metavar="MODULE", help="imported first by each run")
     launch = arguments.add_argument_group("launch", "handed to each run, as in train_net.py")
     launch.add_argument("--num-gpus", type=int, default=1, help="GPUs of a run on each machine")
@@ -96,9 +106,9 @@ def run(args: argparse.Namespace, overrides: list[str]) -> Measurement | None:
     matrix = Matrix(
         args.config_file,
         args.output,
-        arm_names=args.arms,
+        arm_names=args.arms or ["plain", "sge"],
         custom_arms=args.arm,
-        seeds=args.seeds,
+        seeds=[0] if args.seeds is None else args.seeds,
         overrides=overrides,
         datasets=args.dataset,
         launch=launch,
@@ -106,12 +116,21 @@ def run(args: argparse.Namespace, overrides: list[str]) -> Measurement | None:
     if not launch.is_main:
         matrix.execute(args.jobs)
         return None
-    return measure_gain(matrix, jobs=args.jobs, bootstrap=args.bootstrap)
+    return measure_gain(matrix, jobs=args.jobs, bootstrap=args.bootstrap, question=asked(args), against=args.against)
+
+
+def asked(args: argparse.Namespace) -> Question:
+    return Question(args.metric, args.margin, not args.unpaired, args.difference)
 
 
 def compare(args: argparse.Namespace, overrides: list[str]) -> Measurement:
     if overrides:
         raise UserError(f"--compare trains nothing: leave out {' '.join(overrides)}")
+    idle = {"--seeds": args.seeds, "--arms": args.arms, "--arm": args.arm, "--config-file": args.config_file}
+    idle |= {"--dataset": args.dataset, "--import": args.imports, "--jobs": args.jobs > 1}
+    given = [option for option, value in idle.items() if value]
+    if given:
+        raise UserError(f"--compare trains nothing: leave out {' '.join(given)}")
     if not args.gt or not args.arm_results:
         raise UserError("--compare needs --gt INSTANCES.json and --arm-results NAME PRED.json for each arm")
     names = [name for name, *_ in args.arm_results]
@@ -123,6 +142,8 @@ def compare(args: argparse.Namespace, overrides: list[str]) -> Measurement:
         args.output,
         bootstrap=args.bootstrap,
         image_root=args.images,
+        question=asked(args),
+        against=args.against,
     )
 
 

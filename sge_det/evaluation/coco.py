@@ -69,15 +69,22 @@ def coco_metrics(evaluation: hotcoco.COCOeval) -> dict[str, float]:
     metrics = {name: _points(evaluation.stats[place]) for name, place in METRICS.items()}
     # (IoU thresholds, recalls, categories, sizes, numbers of detections); the first size is all, the last number 100
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
-    categories = {category["id"]: category["name"] for category in evaluation.coco_gt.dataset["categories"]}
-    for place, category_id in enumerate(evaluation.params.cat_ids):
+    names = metric_names(evaluation.coco_gt.dataset["categories"])[len(METRICS) :]
+    for place, name in enumerate(names):
         values = precision[:, :, place]
         values = values[values > -1]
-        name = categories[category_id]
-        if list(categories.values()).count(name) > 1:
-            name = f"{name} {category_id}"
-        metrics[f"AP-{name}"] = _points(values.mean() if values.size else -1)
+        metrics[name] = _points(values.mean() if values.size else -1)
     return metrics
+
+
+def metric_names(categories: Sequence[dict]) -> list[str]:
+    """The names of the metrics of :func:`coco_metrics`, in its order, for COCO's ``categories``."""
+    by_id = {category["id"]: str(category["name"]) for category in categories}
+    names = list(by_id.values())
+    return [
+        *METRICS,
+        *(f"AP-{by_id[key]} {key}" if names.count(by_id[key]) > 1 else f"AP-{by_id[key]}" for key in sorted(by_id)),
+    ]
 
 
 def _points(fraction: float) -> float:

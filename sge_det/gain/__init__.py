@@ -4,9 +4,10 @@ from .api import compare_results, measure_gain
 from .arms import Arm, choose_arms
 from .inference import Interval, both_interval, image_interval, outcomes, seed_interval, welch_interval
 from .matrix import Matrix
+from .measurement import Measurement, measure
 from .processes import Launch, RunFailed
 from .run import Run
-from .statistics import Measurement, measure
+from .verdict import Question
 
 __all__ = [
     "Arm",
@@ -14,6 +15,7 @@ __all__ = [
     "Launch",
     "Matrix",
     "Measurement",
+    "Question",
     "Run",
     "RunFailed",
     "both_interval",

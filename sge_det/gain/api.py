@@ -1,5 +1,6 @@
 """The two ways to a report: train the arms, or take the results that there are."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -11,54 +12,79 @@ import torch
 from .. import __version__
 from ..errors import UserError
 from .gallery import gallery
+from .input import GroundTruth
 from .matrix import Matrix
-from .report import Extras, write_report
-from .statistics import GroundTruth, Measurement, measure
+from .measurement import Measurement, check_question, measure
+from .plan import declare, departures
+from .processes import check_jobs
+from .report import Extras, write_numbers, write_page
+from .verdict import DECLARED, Question, still_learning
+
+logger = logging.getLogger(__name__)
 
 
-def measure_gain(matrix: Matrix, *, jobs: int = 1, bootstrap: int = 1000) -> Measurement:
+def measure_gain(
+    matrix: Matrix,
+    *,
+    jobs: int = 1,
+    bootstrap: int = 1000,
+    question: Question = DECLARED,
+    against: str | None = None,
+) -> Measurement:
     """Trains and evaluates every run of ``matrix`` that is not finished, and writes the report into its folder.
 
     Args:
         matrix: arms, seeds, config and folder.
         jobs: runs at once on this machine.
-        bootstrap: samples of the image bootstrap; 0 for none.
+        bootstrap: samples of the image bootstrap, at least 200; 0 for none.
+        question: what is to be answered; the first call's is kept in ``plan.json`` and shown beside this one.
+        against: the arm that the others are compared with; the first by default.
 
     Raises:
         UserError: something that the user can put right.
         RunFailed: a run failed otherwise.
     """
-    matrix.execute(jobs)
+    names = _reference_first([arm.name for arm in matrix.arms], against)
     truth = GroundTruth(matrix.annotation_file)
-    files = {arm.name: [run.predictions for run in matrix.runs if run.arm == arm] for arm in matrix.arms}
+    check_question(question, bootstrap, truth)
+    check_jobs(matrix.launch, jobs, matrix.config.MODEL.DEVICE)
+    plan = declare(matrix, question)
+    matrix.execute(jobs)
+    arms = {arm.name: arm for arm in matrix.arms}
+    files = {name: [run.predictions for run in matrix.runs if run.arm == arms[name]] for name in names}
     gates: dict[str, dict[int, dict]] = {}
     extras = Extras()
+    seconds = dict.fromkeys(names, 0.0)
     for run in matrix.runs:
         extras.curves.setdefault(run.arm.name, {})[run.seed] = run.curves()
         result = run.result()
+        seconds[run.arm.name] += result["seconds"]
         if result["gates"]:
             gates.setdefault(run.arm.name, {})[run.seed] = result["gates"]
         if result.get("pointing"):
             extras.pointing.setdefault(run.arm.name, {})[str(run.seed)] = result["pointing"]
-    measurement = measure(truth, files, seeds=matrix.seeds, bootstrap=bootstrap, gates=gates)
+    measurement = measure(truth, files, seeds=matrix.seeds, bootstrap=bootstrap, gates=gates, question=question)
     cfg = matrix.config
     caveats = [caveat for caveat in (arm.caveat(cfg) for arm in matrix.arms) if caveat]
+    caveats += departures(plan, question, [arm.name for arm in matrix.arms], matrix.seeds)
+    caveats += still_learning(measurement.report, extras.curves)
     measurement.report["verdict"] = "\n".join([measurement.report["verdict"], *caveats])
-    minutes = sum(run.result()["seconds"] for run in matrix.runs) / 60
+    measurement.report["plan"] = plan
     extras.provenance = [
         ("config", matrix.config_file),
-        *((f"arm {arm.name}", arm.describe(cfg)) for arm in matrix.arms),
+        *((f"arm {name}", arms[name].describe(cfg)) for name in names),
         ("overrides of all arms", " ".join(matrix.overrides) or "none"),
         ("training set", ", ".join(cfg.DATASETS.TRAIN)),
         ("validation set", f"{cfg.DATASETS.TEST[0]} ({matrix.annotation_file})"),
         ("schedule", f"{cfg.SOLVER.MAX_ITER} iterations of {cfg.SOLVER.IMS_PER_BATCH} images"),
         ("start weights", cfg.MODEL.WEIGHTS or "none, trained from scratch"),
         ("device", cfg.MODEL.DEVICE),
-        ("training time of all runs", f"{minutes:.0f} min"),
+        ("declared before the first run", _in_words(plan)),
+        *((f"training time of {name}", f"{seconds[name] / 60:.0f} min") for name in names),
+        ("training time of all runs", f"{sum(seconds.values()) / 60:.0f} min"),
         *_versions(),
     ]
-    _draw_galleries(extras, measurement, truth, files, matrix.image_root)
-    write_report(matrix.output, measurement, extras)
+    _write(matrix.output, measurement, extras, truth, files, matrix.image_root)
     return measurement
 
 
@@ -69,6 +95,8 @@ def compare_results(
     *,
     bootstrap: int = 1000,
     image_root: str | Path | None = None,
+    question: Question = DECLARED,
+    against: str | None = None,
 ) -> Measurement:
     """Compares detections that exist and writes the report into ``output``.
 
@@ -76,34 +104,67 @@ def compare_results(
         ground_truth: COCO instances.
         arms: for each arm, the first being the reference, a file in COCO's result format for each seed.
         output: folder of the report.
-        bootstrap: samples of the image bootstrap; 0 for none.
+        bootstrap: samples of the image bootstrap, at least 200; 0 for none.
         image_root: folder of the images, for the gallery; without it there is none.
+        question: what is to be answered.
+        against: the arm that the others are compared with; the first by default.
 
     Raises:
         UserError: something that the user can put right.
     """
     if len(arms) < 2:
         raise UserError("a comparison needs at least two arms: give --arm-results twice, the reference first")
+    arms = {name: arms[name] for name in _reference_first(list(arms), against)}
+    output = Path(output)
+    taken = next((path for path in (output, *output.parents) if path.exists()), output)
+    if taken.exists() and not taken.is_dir():
+        raise UserError(f"--output {output}: {taken} is a file; name a folder")
+    if image_root is not None and not Path(image_root).is_dir():
+        raise UserError(f"--images {image_root}: there is no such folder")
+    check_question(question, bootstrap)
     truth = GroundTruth(ground_truth)
-    measurement = measure(truth, arms, bootstrap=bootstrap, images=image_root is not None)
+    measurement = measure(truth, arms, bootstrap=bootstrap, images=image_root is not None, question=question)
     extras = Extras(provenance=[("ground truth", str(ground_truth))])
     extras.provenance += [(f"arm {name}", ", ".join(map(str, files))) for name, files in arms.items()]
     extras.provenance += _versions()
-    if image_root is not None:
-        _draw_galleries(extras, measurement, truth, arms, Path(image_root))
-    write_report(Path(output), measurement, extras)
+    _write(output, measurement, extras, truth, arms, None if image_root is None else Path(image_root))
     return measurement
 
 
-def _draw_galleries(
-    extras: Extras,
+def _reference_first(names: list[str], against: str | None) -> list[str]:
+    if against is None:
+        return names
+    if against not in names:
+        raise UserError(f"--against {against}: there is no such arm among {', '.join(names)}")
+    return [against, *(name for name in names if name != against)]
+
+
+def _write(
+    output: Path,
     measurement: Measurement,
+    extras: Extras,
     truth: GroundTruth,
     files: Mapping[str, Sequence[str | Path]],
-    image_root: Path,
+    image_root: Path | None,
 ) -> None:
-    for name in measurement.report["differences"]:
-        extras.galleries[name] = gallery(measurement, name, truth, image_root, files)
+    """Numbers first, so that what goes wrong with a picture costs the picture."""
+    write_numbers(output, measurement, extras)
+    if image_root is not None:
+        for name in measurement.report["differences"]:
+            try:
+                extras.galleries[name] = gallery(measurement, name, truth, image_root, files)
+            except Exception as error:  # whatever it is, the numbers and the other pictures are worth having
+                logger.warning(f"the gallery of {name} could not be drawn: {error}")
+                extras.lost[name] = str(error)
+    write_page(output, measurement, extras)
+
+
+def _in_words(plan: dict) -> str:
+    return (
+        f"primary metric {plan.get('metric')}, margin {plan.get('margin')} points, "
+        f"{'paired by seed' if plan.get('paired') else 'not paired'}, arms {', '.join(plan.get('arms', []))}, seeds "
+        f"{', '.join(map(str, plan['seeds']))}"
+    )
 
 
 def _versions() -> list[tuple[str, str]]:

@@ -12,7 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as mask_utils
 
 from ..errors import UserError
-from .statistics import GroundTruth, Measurement
+from .input import GroundTruth
+from .measurement import Measurement
 
 # Detections below this score are not drawn.
 SCORE = 0.5

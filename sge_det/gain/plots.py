@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 from ..analysis.figures import COLORS
 from ..evaluation.coco import METRICS
-from .statistics import TASK_NAMES, Measurement
+from .measurement import Measurement
+from .verdict import TASK_NAMES
 
 # The other arms have Okabe and Ito's palette.
 REFERENCE_COLOR = "#5a5a5a"
@@ -39,7 +40,8 @@ def _marker(report: dict, name: str) -> str:
 @_STYLE
 def forest(report: dict) -> bytes:
     """Differences from the reference with their intervals, for each metric and arm."""
-    rows = list(METRICS)
+    primary = report["question"]["metric"]
+    rows = list(METRICS) if primary in METRICS else [primary, *METRICS]
     arms = list(report["differences"])
     step = 0.8 / len(arms)
     figure, axes = _figure(1.6 + len(rows) * max(0.42, 0.24 * len(arms)), len(report["tasks"]), sharey=True)
@@ -78,28 +80,34 @@ def forest(report: dict) -> bytes:
         ax.grid(axis="x", alpha=0.3)
         for edge in range(1, len(rows)):
             ax.axhline(edge - 0.5, color="#dddddd", lw=0.8, zorder=0)
-    axes[0].set_yticks(range(len(rows)), rows)
+    axes[0].set_yticks(range(len(rows)), [f"{row} (primary)" if row == primary else row for row in rows])
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
+    axes[0].set_ylabel(f"all but {primary} are exploratory")
     _legend(figure, axes[0])
     return _png(figure)
 
 
 def interval_name(report: dict) -> str:
-    """What the intervals of the tables and pictures are over."""
+    """What the intervals of the pictures are over: new seeds and new images, if those are there."""
     percent = f"{report['confidence']:.0%}"
-    if len(report["seeds"]) > 1:
-        return f"{percent} t-interval over {len(report['seeds'])} seeds"
-    if report["bootstrap_samples"]:
-        return f"{percent} bootstrap interval over the images of one seed"
+    several, drawn = len(report["seeds"]) > 1, report["bootstrap_samples"]
+    if several and drawn:
+        return f"{percent} interval over new seeds and new images"
+    if several:
+        return f"{percent} interval over new seeds, for these images"
+    if drawn:
+        return f"{percent} interval over new images, for these detectors"
     return "no interval: one seed and no bootstrap"
 
 
 def interval(report: dict, difference: dict) -> tuple[float, float]:
     """The interval of a difference that :func:`interval_name` names, in points; (nan, nan) where there is none."""
-    if len(report["seeds"]) > 1:
-        return difference["low"], difference["high"]
-    images = difference["image_bootstrap"]
-    return (images[0]["low"], images[0]["high"]) if images else (math.nan, math.nan)
+    several, drawn = len(report["seeds"]) > 1, report["bootstrap_samples"]
+    paired = report.get("question", {}).get("paired", True)
+    over_seeds = "seeds" if paired else "welch"
+    name = ("both" if drawn else over_seeds) if several else "images"
+    found = difference["intervals"][name]
+    return (found["low"], found["high"]) if found else (math.nan, math.nan)
 
 
 @_STYLE

@@ -39,6 +39,20 @@ class Launch:
         return self.machine_rank == 0
 
 
+def check_jobs(launch: Launch, jobs: int, device: str) -> None:
+    """Checks that so many runs at once have GPUs of their own, where they run on CUDA.
+
+    Raises:
+        UserError: there are fewer: all would share the first ones.
+    """
+    gpus, each = torch.cuda.device_count(), max(launch.num_gpus, 1)
+    if jobs > 1 and gpus and device.startswith("cuda") and jobs * each > gpus:
+        raise UserError(
+            f"--jobs {jobs} of {each} GPUs each need {jobs * each}, but there are {gpus}: give --jobs "
+            f"{max(gpus // each, 1)}"
+        )
+
+
 class RunProcess:
     """A run that is going on in a process of its own."""
 

@@ -1,7 +1,9 @@
 """report.json, report.md, report.html and the table on the screen."""
 
 import base64
+import csv
 import html
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,11 +17,17 @@ from ..files import write_file, write_json
 from . import plots
 from .gallery import SCORE, GalleryImage
 from .markdown import escape, escape_line
-from .statistics import TASK_NAMES, Measurement
+from .measurement import Measurement
+from .verdict import TASK_NAMES
 
 ABSENT = "absent"
 # Tables of more categories are folded in the page.
 _FEW_CATEGORIES = 20
+_DECIDES = (
+    "Over seeds: new seeds, these images. Over images: these detectors, new images. Over both: new seeds and new "
+    "images; a verdict stands on it. Only the metric that was declared is judged; among all others some interval "
+    "leaves zero out by chance, so they are exploratory."
+)
 
 _CSS = """
 body { font: 16px/1.5 "DejaVu Sans", Verdana, sans-serif; color: #1a1a1a; max-width: 1060px; margin: 2em auto;
@@ -69,34 +77,59 @@ class Extras:
         curves: by arm and seed, what the run logged (``Run.curves``).
         galleries: by arm, the images on which it differs most from the reference.
         pointing: by arm and seed, what :func:`sge_det.analysis.pointing.play` returns.
+        lost: by arm, why its gallery could not be drawn.
         provenance: what was compared, and with what: (name, value) pairs.
     """
 
     curves: plots.Curves = field(default_factory=dict)
     galleries: dict[str, list[GalleryImage]] = field(default_factory=dict)
     pointing: dict[str, dict[str, dict]] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
     provenance: list[tuple[str, str]] = field(default_factory=list)
 
 
-def write_report(output: Path, measurement: Measurement, extras: Extras) -> None:
-    """Writes ``report.json``, ``report.md`` and ``report.html`` into ``output``.
+def write_numbers(output: Path, measurement: Measurement, extras: Extras) -> None:
+    """Writes ``report.json``, ``report.md`` and ``metrics.csv`` into ``output``.
 
     Raises:
         UserError: they cannot be written.
     """
     measurement.report["pointing"] = extras.pointing
     measurement.report["provenance"] = dict(extras.provenance)
-    page = html_page(measurement, extras)
-    write_file(output / "report.md", markdown(measurement.report))
-    write_file(output / "report.html", page)
     write_json(output / "report.json", measurement.report)
+    write_file(output / "report.md", markdown(measurement.report))
+    write_file(output / "metrics.csv", metrics_csv(measurement.report))
+
+
+def write_page(output: Path, measurement: Measurement, extras: Extras) -> None:
+    """Draws the pictures and writes ``report.html`` into ``output``.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    write_file(output / "report.html", html_page(measurement, extras))
+
+
+def metrics_csv(report: dict) -> str:
+    """A line for each arm, task, metric and seed, in points; empty where a metric is absent."""
+    lines = io.StringIO()
+    table = csv.writer(lines, lineterminator="\n")
+    table.writerow(["arm", "task", "metric", "seed", "value"])
+    for name, arm in report["arms"].items():
+        for task in report["tasks"]:
+            for metric, score in arm[task].items():
+                for seed, value in zip(report["seeds"], score["values"]):
+                    table.writerow([name, task, metric, seed, "" if math.isnan(value) else repr(float(value))])
+    return lines.getvalue()
 
 
 def markdown(report: dict) -> str:
     """The report in words and tables, as Markdown."""
     parts = ["# Gain", *map(escape_line, report["verdict"].split("\n")), escape_line(_explanation(report))]
+    parts += ["## Intervals", interval_table(report).markdown(), _DECIDES]
+    parts += ["## Every seed", seed_table(report).markdown()]
     for task in report["tasks"]:
-        parts += [f"## {TASK_NAMES[task].capitalize()} metrics", metric_table(report, task).markdown()]
+        parts += [f"## {TASK_NAMES[task].capitalize()} metrics (exploratory)", metric_table(report, task).markdown()]
     for name, by_seed in report["gates"].items():
         parts += [f"## Gates of {escape(name)}", gate_table(by_seed).markdown()]
     for name, by_seed in report["pointing"].items():
@@ -120,11 +153,62 @@ def metric_table(report: dict, task: str, metrics: Sequence[str] | None = None) 
         row = [metric] + [_score(report["arms"][name][task][metric], several) for name in names]
         for differences in report["differences"].values():
             difference = differences[task][metric]
-            low, high = plots.interval(report, difference)
             row.append(ABSENT if math.isnan(difference["mean"]) else f"{difference['mean']:+.2f}")
-            row += ["" if math.isnan(low) else f"{low:+.2f} to {high:+.2f}"] if has_interval else []
+            row += [_span(*plots.interval(report, difference))] if has_interval else []
         rows.append(row)
     return Table(header, rows)
+
+
+def interval_table(report: dict) -> Table:
+    """All intervals of the metric that was declared, by task and arm; the one that decides is marked."""
+    names = ("seeds", "welch", "images", "both")
+    metric = report["question"]["metric"]
+    header = ["difference", "mean", "over seeds, paired", "over seeds, Welch", "over images", "over both (decides)"]
+    header += ["correlation over seeds", "P(improvement)", "effect size"]
+    rows = []
+    for task in report["tasks"]:
+        for name, differences in report["differences"].items():
+            found = differences[task][metric]
+            what = "" if task == report["question"]["task"] else ", exploratory"
+            row = [f"{name} - {report['reference']}, {TASK_NAMES[task]} {metric}{what}", _signed(found["mean"])]
+            bounds = (found["intervals"][name] or {"low": math.nan, "high": math.nan} for name in names)
+            row += [_span(bound["low"], bound["high"]) for bound in bounds]
+            row += [_signed_if_known(found["seed_correlation"]), f"{found['probability_of_improvement']:.2f}"]
+            rows.append([*row, _signed_if_known(found["effect_size"])])
+    return Table(header, rows)
+
+
+def seed_table(report: dict) -> Table:
+    """The declared metric of each run and the differences by seed with their intervals over the images."""
+    metric = report["question"]["metric"]
+    rows = []
+    for task in report["tasks"]:
+        what = f"{TASK_NAMES[task]} {metric}"
+        for name, arm in report["arms"].items():
+            rows.append([f"{name}, {what}", *(_number(value) for value in arm[task][metric]["values"])])
+        for name, differences in report["differences"].items():
+            found = differences[task][metric]
+            rows.append([f"{name} - {report['reference']}, {what}", *map(_signed, found["values"])])
+            if any(found["images_by_seed"]):
+                bounds = (bound or {"low": math.nan, "high": math.nan} for bound in found["images_by_seed"])
+                rows.append(["over new images", *(_span(bound["low"], bound["high"]) for bound in bounds)])
+    return Table(["run", *(f"seed {seed}" for seed in report["seeds"])], rows)
+
+
+def _span(low: float, high: float) -> str:
+    return "" if math.isnan(low) else f"{low:+.2f} to {high:+.2f}"
+
+
+def _number(value: float) -> str:
+    return ABSENT if math.isnan(value) else f"{value:.2f}"
+
+
+def _signed_if_known(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:+.2f}"
+
+
+def _signed(value: float) -> str:
+    return ABSENT if math.isnan(value) else f"{value:+.2f}"
 
 
 def gate_table(by_seed: dict[str, dict]) -> Table:
@@ -164,11 +248,12 @@ def _score(score: dict, several: bool) -> str:
 
 
 def _explanation(report: dict) -> str:
+    pairing = "paired by seed" if report["question"]["paired"] else "not paired (Welch)"
     runs = f"{len(report['seeds'])} seeds" if len(report["seeds"]) > 1 else "one seed"
     spread = "; mean ± standard deviation over the seeds" if len(report["seeds"]) > 1 else ""
     return (
         f"{len(report['arms'])} arms, {runs}, {report['images']} validation images. Metrics are COCO's, in points "
-        f"(0-100){spread}; differences are paired by seed; {plots.interval_name(report)}. "
+        f"(0-100){spread}; differences are {pairing}; {plots.interval_name(report)}. "
         f'"{ABSENT}": the validation set has no such objects.'
     )
 
@@ -180,12 +265,15 @@ def html_page(measurement: Measurement, extras: Extras) -> str:
     verdict = "".join(f"<p>{html.escape(line)}</p>" for line in report["verdict"].split("\n"))
     parts = [f"<h1>{html.escape(title)}</h1>", f'<div class="verdict">{verdict}</div>']
     parts.append(f"<p>{html.escape(_explanation(report))}</p>")
+    parts += ["<h2>Intervals</h2>", interval_table(report).html(), f'<p class="note">{html.escape(_DECIDES)}</p>']
+    parts += ["<h2>Every seed</h2>", seed_table(report).html()]
     parts.append("<h2>Differences</h2>")
     many = " Small dots are the single seeds." if len(report["seeds"]) > 1 else ""
     caption = f"Difference from {report['reference']}. Bars: {plots.interval_name(report)}.{many}"
     parts.append(_figure(plots.forest(report), "Differences with their intervals", caption))
     for task in report["tasks"]:
-        parts += [f"<h2>{TASK_NAMES[task].capitalize()} metrics</h2>", metric_table(report, task, list(METRICS)).html()]
+        parts += [f"<h2>{TASK_NAMES[task].capitalize()} metrics (exploratory)</h2>"]
+        parts.append(metric_table(report, task, list(METRICS)).html())
     parts.append("<h2>Arms and seeds</h2>")
     caption = "AP of each run; bars are means, thin lines join the runs of a seed."
     parts.append(_figure(plots.ap_by_arm(report), "AP per arm, every seed as a dot", caption))
@@ -217,6 +305,8 @@ def html_page(measurement: Measurement, extras: Extras) -> str:
         parts += [table.html() for table in pointing_tables(by_seed)]
     for name, pictures in extras.galleries.items():
         parts += _gallery(report, name, pictures)
+    for name, reason in extras.lost.items():
+        parts.append(f"<p>The gallery of {html.escape(name)} could not be drawn: {html.escape(reason)}</p>")
     parts.append("<h2>Made from</h2>")
     parts.append(Table(["", ""], [[key, value] for key, value in extras.provenance]).html())
     body = "\n".join(parts)

@@ -20,7 +20,7 @@ from sge_det.data.annotations import mask_fault, read_annotations
 from sge_det.data.datasets import register_dataset
 from sge_det.engine.doctor.data import examine_dataset
 from sge_det.evaluation.coco import evaluate_detections
-from sge_det.gain.statistics import GroundTruth
+from sge_det.gain.input import GroundTruth
 
 
 @pytest.fixture

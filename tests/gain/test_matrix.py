@@ -44,7 +44,7 @@ def finished(sample_datasets, tmp_path_factory):
     output = tmp_path_factory.mktemp("matrix") / "out"
     datasets = [word for triple in sample_datasets for word in ("--dataset", *triple)]
     command = [sys.executable, str(ROOT / "tools/measure_gain.py"), "--config-file", CONFIG, *datasets]
-    command += ["--bootstrap", "10", "--output", str(output), "--seeds", "0", *TINY, *SCHEDULE]
+    command += ["--bootstrap", "200", "--output", str(output), "--seeds", "0", *TINY, *SCHEDULE]
     tool = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     own = io.StringIO()
     with contextlib.redirect_stdout(own):

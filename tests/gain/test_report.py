@@ -63,14 +63,14 @@ def compared(sample, tmp_path_factory):
             path.write_text(json.dumps(found))
             arms.setdefault(name, []).append(path)
     output = folder / "out"
-    compare_results(truth_file, arms, output, bootstrap=20, image_root=sample / "val")
+    compare_results(truth_file, arms, output, bootstrap=200, image_root=sample / "val")
     return output, truth
 
 
 def test_report_json_has_the_schema(compared):
     output, truth = compared
     report = json.loads((output / "report.json").read_text(), parse_constant=pytest.fail)
-    assert report["schema"] == 1
+    assert report["schema"] == 2
     assert list(report["arms"]) == ["plain", "sge", "b<ig>"]
     metrics = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR100"]
     metrics += [f"AP-{category['name']}" for category in truth["categories"]]
@@ -83,12 +83,17 @@ def test_report_json_has_the_schema(compared):
     for difference in report["differences"].values():
         for task in ("bbox", "segm"):
             assert list(difference[task]) == metrics
-            found = {"mean", "low", "high", "values", "seed_correlation", "intervals", "image_bootstrap"}
+            found = {"mean", "values", "seed_correlation", "intervals", "images_by_seed"}
+            found |= {"probability_of_improvement", "effect_size"}
             assert set(difference[task]["AP"]) == found
             assert set(difference[task]["AP"]["intervals"]) == {"seeds", "welch", "images", "both"}
-            assert [set(interval) for interval in difference[task]["AP"]["image_bootstrap"]] == [{"low", "high"}] * 2
+            assert [set(interval) for interval in difference[task]["AP"]["images_by_seed"]] == [{"low", "high"}] * 2
     assert "sge - plain" in report["verdict"]
     assert report["pointing"] == {}
+    assert [(v["arm"], v["task"], v["primary"]) for v in report["verdicts"]] == [
+        (name, task, task == "bbox") for task in ("bbox", "segm") for name in ("sge", "b<ig>")
+    ]
+    assert {v["sentence"].startswith("Exploratory") for v in report["verdicts"] if not v["primary"]} == {True}
 
 
 def test_page_is_self_contained_and_whole(compared):
@@ -108,7 +113,9 @@ def test_page_is_self_contained_and_whole(compared):
         assert image.width > 300
         assert len(image.convert("RGB").getcolors(1 << 24)) > 5
     # a header and the metrics for boxes and masks, then a header and the categories for both
-    assert page.tables[:4] == [1 + 7] * 2 + [1 + len(truth["categories"])] * 2
+    # before them the intervals of two arms, and each seed's values: 3 arms, 2 differences and their intervals
+    assert page.tables[:2] == [1 + 2 * 2, 1 + 2 * (3 + 2 * 2)]
+    assert page.tables[2:6] == [1 + 7] * 2 + [1 + len(truth["categories"])] * 2
     assert all(count > 1 for count in page.tables)
     assert "<ig>" not in text
 

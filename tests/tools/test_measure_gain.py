@@ -21,7 +21,7 @@ def report_of(folder):
 
 
 def test_arms_with_seeds_then_the_same_command_again(run_tool, call_tool, sample_datasets, tmp_path):
-    command = ["--config-file", CONFIG, "--output", "out", *datasets(sample_datasets), *ARMS, "--bootstrap", "5"]
+    command = ["--config-file", CONFIG, "--output", "out", *datasets(sample_datasets), *ARMS, "--bootstrap", "200"]
     command += [*TINY, *SCHEDULE]
     first = run_tool("measure_gain.py", *command)
     assert first.returncode == 0, first.stderr
@@ -66,14 +66,16 @@ def results(sample, tmp_path):
     ]
     for name, entries in (("all", found), ("some", [entry for i, entry in enumerate(found) if i % 3])):
         (tmp_path / f"{name}.json").write_text(json.dumps(entries))
+        # another seed, which finds the same
+        (tmp_path / f"{name}1.json").write_text(json.dumps([entry | {"score": 0.8} for entry in entries]))
     return sample / "annotations/instances_val.json", found
 
 
 def test_compare_names_the_gain_and_draws_the_images(run_tool, results, sample, tmp_path):
     done = run_tool(
         "measure_gain.py",
-        *("--compare", "--gt", results[0], "--images", sample / "val", "--output", "out", "--bootstrap", "20"),
-        *("--arm-results", "base", "some.json", "some.json", "--arm-results", "mine", "all.json", "all.json"),
+        *("--compare", "--gt", results[0], "--images", sample / "val", "--output", "out", "--bootstrap", "200"),
+        *("--arm-results", "base", "some.json", "some1.json", "--arm-results", "mine", "all.json", "all1.json"),
     )
     assert done.returncode == 0, done.stderr
     report = report_of(tmp_path / "out")
@@ -117,6 +119,13 @@ def test_bad_results_are_told_in_one_sentence(call_tool, results, tmp_path, chan
         (["--config-file", "no.yaml"], "no.yaml"),
         ([], "--config-file"),
         (["--config-file", CONFIG, "--gt", "x.json"], "go with --compare"),
+        (["--compare", "--gt", "x.json", "--seeds", "1", "2"], "--compare trains nothing: leave out --seeds"),
+        (["--compare", "--gt", "x.json", "--arms", "plain", "--jobs", "2"], "leave out --arms --jobs"),
+        (["--config-file", CONFIG, "--bootstrap", "20"], "--bootstrap 20 is too few"),
+        (["--config-file", CONFIG, "--metric", "AP60"], "--metric AP60 is none of AP, AP50"),
+        (["--config-file", CONFIG, "--margin", "-1"], "--margin must be a number of AP points"),
+        (["--config-file", CONFIG, "--margin", "nan"], "--margin must be a number of AP points"),
+        (["--config-file", CONFIG, "--against", "se"], "--against se: there is no such arm among plain, sge"),
         (["--config-file", CONFIG, "--arms", "plain", "sgee"], "there is no arm sgee"),
         (["--config-file", CONFIG, "--seeds", "1", "1"], "different numbers"),
         (["--config-file", CONFIG, "MODEL.SGE.GROUPS", "7"], "does not divide"),

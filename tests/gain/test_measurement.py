@@ -8,7 +8,9 @@ from pycocotools import mask as mask_utils
 from sge_det import UserError
 from sge_det.gain import compare_results, seed_interval, welch_interval
 from sge_det.gain.gallery import hits, most_different
-from sge_det.gain.statistics import GroundTruth, Measurement, constant_gates, measure
+from sge_det.gain.input import GroundTruth
+from sge_det.gain.measurement import Measurement, measure
+from sge_det.gain.verdict import Question, constant_gates
 
 CATEGORIES = [{"id": 3, "name": "cup"}, {"id": 7, "name": "spoon"}, {"id": 8, "name": "fork"}]
 
@@ -28,9 +30,14 @@ def truth_file(tmp_path):
 
 
 def detections(path, found, **changes):
-    """Finds the cups of the first ``found`` images, and all spoons."""
+    """Finds the cups of the first ``found`` images, and all spoons.
+
+    A spoon too many, of the lowest score and so without effect, makes each file's content its own.
+    """
     entries = [{"image_id": i, "category_id": 7, "bbox": [50, 10, 20, 20], "score": 0.9} for i in range(12)]
     entries += [{"image_id": i, "category_id": 3, "bbox": [5, 10, 20, 20], "score": 0.8} for i in range(found)]
+    unlike = {"image_id": 0, "category_id": 7, "bbox": [0, 90, 1, 1], "score": sum(path.name.encode()) * 1e-9}
+    entries.append(unlike)
     entries[5] |= changes
     path.write_text(json.dumps(entries))
     return path
@@ -46,7 +53,7 @@ def test_differences_are_paired_by_seed(truth_file, tmp_path):
         "plain": [detections(tmp_path / f"p{i}.json", found) for i, found in enumerate((3, 6))],
         "sge": [detections(tmp_path / f"s{i}.json", found) for i, found in enumerate((6, 8))],
     }
-    report = measure(GroundTruth(truth_file), files, bootstrap=50).report
+    report = measure(GroundTruth(truth_file), files, bootstrap=200).report
     plain, sge = ([cup_ap(found) for found in seeds] for seeds in ((3, 6), (6, 8)))
     cup = report["arms"]["plain"]["bbox"]["AP-cup"]
     assert cup["values"] == pytest.approx(plain)
@@ -56,15 +63,13 @@ def test_differences_are_paired_by_seed(truth_file, tmp_path):
     assert difference["values"] == pytest.approx(by_hand)
     assert difference["mean"] == pytest.approx(sum(by_hand) / 2)
     half = 12.706205 * abs(by_hand[0] - by_hand[1]) / 2
-    assert (difference["low"], difference["high"]) == pytest.approx(
-        (difference["mean"] - half, difference["mean"] + half)
-    )
-    assert difference["intervals"]["seeds"] == {"low": difference["low"], "high": difference["high"]}
+    seeds = difference["intervals"]["seeds"]
+    assert (seeds["low"], seeds["high"]) == pytest.approx((difference["mean"] - half, difference["mean"] + half))
     assert math.isnan(difference["seed_correlation"])  # of two seeds it would be 1 or -1, whatever they are
     arms = [report["arms"][name]["bbox"]["AP"]["values"] for name in ("plain", "sge")]
     welch = welch_interval(*arms)
     assert difference["intervals"]["welch"] == {"low": welch.low, "high": welch.high}
-    for interval, value in zip(difference["image_bootstrap"], difference["values"]):
+    for interval, value in zip(difference["images_by_seed"], difference["values"]):
         assert interval["low"] <= value <= interval["high"]
         assert interval["low"] < interval["high"]
 
@@ -99,30 +104,142 @@ def test_undefined_metrics_have_no_interval(truth_file, tmp_path):
     report = measure(GroundTruth(truth_file), files, bootstrap=200).report
     for absent in ("APl", "AP-fork"):
         assert math.isnan(report["arms"]["sge"]["bbox"][absent]["mean"])
-        assert report["differences"]["sge"]["bbox"][absent]["image_bootstrap"] == []
+        assert report["differences"]["sge"]["bbox"][absent]["images_by_seed"] == [None]
+        assert set(report["differences"]["sge"]["bbox"][absent]["intervals"].values()) == {None}
+
+
+def compared(truth_file, folder, arms, **options):
+    """The report on arms that find the cups of so many images by seed."""
+    files = {
+        name: [detections(folder / f"{name}{i}.json", number) for i, number in enumerate(found)]
+        for name, found in arms.items()
+    }
+    return measure(GroundTruth(truth_file), files, **options).report
 
 
 @pytest.mark.parametrize(
-    ("plain", "sge", "excludes", "words"),
+    ("plain", "sge", "outcome", "words"),
     [
-        ((2, 3), (9, 10), True, "zero is excluded, a gain"),
-        ((9, 10), (2, 3), True, "zero is excluded, a loss"),
-        ((2, 2), (8, 8), None, "without a spread there is no interval"),
-        ((3, 6), (6, 8), False, "zero is not excluded, no gain or loss is shown"),
-        ((3,), (6,), None, "seed noise was not measured"),
+        ((0, 1, 0), (12, 11, 12), "gain", "zero is excluded, a gain (p 0.0"),
+        ((12, 11, 12), (0, 1, 0), "loss", "zero is excluded, a loss (p 0.0"),
+        ((2, 2), (8, 8), "undecided", "without a spread there is no interval"),
+        ((5, 6, 6), (6, 8, 5), "undecided", "undecided: neither zero (p 0."),
+        ((3,), (6,), "undecided", "seed noise was not measured"),
+        ((3, 4), (6, 9), "undecided", "Two seeds tell next to nothing"),
     ],
 )
-def test_verdict(truth_file, tmp_path, plain, sge, excludes, words):
-    files = {
-        name: [detections(tmp_path / f"{name}{i}.json", number) for i, number in enumerate(found)]
-        for name, found in (("plain", plain), ("sge", sge))
-    }
-    report = measure(GroundTruth(truth_file), files, bootstrap=0).report
-    assert report["verdicts"][0]["excludes_zero"] is excludes
+def test_verdict(truth_file, tmp_path, plain, sge, outcome, words):
+    report = compared(truth_file, tmp_path, {"plain": plain, "sge": sge}, bootstrap=400)
+    (verdict,) = report["verdicts"]
+    assert (verdict["outcome"], verdict["primary"], verdict["metric"]) == (outcome, True, "AP")
     assert words in report["verdict"]
     mean = np.mean([cup_ap(b) - cup_ap(a) for a, b in zip(plain, sge)]) / 2
-    assert f"sge - plain = {mean:+.2f} box AP" in report["verdict"]
+    if 0 not in (*plain, *sge):
+        assert f"sge - plain = {mean:+.2f} box AP" in report["verdict"]
     assert "attention" not in report["verdict"]
+
+
+def test_a_verdict_stands_on_new_images_too(truth_file, tmp_path):
+    """Seeds alone leave zero out, for these twelve images; what two images of twelve gain does not hold for others."""
+    report = compared(truth_file, tmp_path, {"plain": (5, 6, 6, 6), "sge": (7, 8, 8, 7)}, bootstrap=400)
+    intervals = report["differences"]["sge"]["bbox"]["AP"]["intervals"]
+    assert intervals["seeds"]["low"] > 0 > intervals["both"]["low"]
+    assert report["verdicts"][0]["outcome"] == "undecided"
+    without = compared(truth_file, tmp_path, {"plain": (5, 6, 6, 6), "sge": (7, 8, 8, 7)}, bootstrap=0)
+    assert without["verdicts"][0]["outcome"] == "undecided"
+    assert "without --bootstrap nothing is known of new images" in without["verdict"]
+
+
+def test_the_pairing_that_was_declared_decides(truth_file, tmp_path):
+    """Seeds that rise and fall together: paired, the difference is steady, unpaired it drowns."""
+    arms = {"plain": (1, 6, 3, 9), "sge": (3, 8, 6, 12)}
+    paired, welch = (
+        compared(truth_file, tmp_path, arms, bootstrap=400, question=Question(paired=paired))
+        for paired in (True, False)
+    )
+    difference = paired["differences"]["sge"]["bbox"]["AP-cup"]
+    values = [[cup_ap(found) for found in arms[name]] for name in arms]
+    assert difference["seed_correlation"] == pytest.approx(np.corrcoef(values)[0, 1])
+    other = welch["differences"]["sge"]["bbox"]["AP-cup"]
+    assert other["intervals"]["seeds"] == difference["intervals"]["seeds"]
+    assert other["intervals"]["welch"] == difference["intervals"]["welch"]
+    width = {
+        name: found["intervals"]["both"]["high"] - found["mean"]
+        for name, found in (("paired", difference), ("welch", other))
+    }
+    assert width["paired"] < 0.7 * width["welch"]
+    assert (paired["question"]["paired"], welch["question"]["paired"]) == (True, False)
+
+
+def test_arms_are_corrected_together(truth_file, tmp_path):
+    """Holm by hand: the smaller p-value counts twice, the larger at least as much."""
+    arms = {"plain": (1, 2, 1), "sge": (8, 11, 9), "se": (7, 11, 11)}
+    together = compared(truth_file, tmp_path, arms, bootstrap=400)["verdicts"]
+    alone = [
+        compared(truth_file, tmp_path, {"plain": arms["plain"], name: arms[name]}, bootstrap=400)["verdicts"][0]["p"]
+        for name in ("sge", "se")
+    ]
+    small, large = sorted(alone)
+    expected = {small: min(1, 2 * small), large: max(2 * small, large)}
+    assert [verdict["p"] for verdict in together] == pytest.approx([expected[p] for p in alone])
+    assert all(
+        "Holm's correction for 2 arms" in verdict["sentence"] or verdict["outcome"] == "undecided"
+        for verdict in together
+    )
+
+
+def test_the_metric_that_is_declared_is_the_one_that_counts(truth_file, tmp_path):
+    arms = {"plain": (3, 6, 5), "sge": (6, 8, 9)}
+    report = compared(truth_file, tmp_path, arms, bootstrap=200, question=Question(metric="AP-cup"))
+    (verdict,) = report["verdicts"]
+    assert verdict["metric"] == "AP-cup" and verdict["primary"]
+    with pytest.raises(UserError, match="--metric AP60 is none of AP, AP50"):
+        compared(truth_file, tmp_path, arms, bootstrap=200, question=Question(metric="AP60"))
+
+
+def test_power_is_that_of_the_noise_that_was_measured(truth_file, tmp_path):
+    """A true difference as large as the interval's half width is seen in half of all repetitions, a little more often
+    with few degrees of freedom, whose factor falls with the error that is found."""
+    arms = {"plain": (3, 6, 5), "sge": (6, 8, 9)}
+    found = compared(truth_file, tmp_path, arms, bootstrap=400)["differences"]["sge"]["bbox"]["AP"]
+    half = found["intervals"]["both"]["high"] - found["mean"]
+    for factor, low, high in ((1, 0.5, 0.7), (0.2, 0.05, 0.15), (3, 0.95, 1)):
+        question = Question(difference=factor * half)
+        report = compared(truth_file, tmp_path, arms, bootstrap=400, question=question)
+        seen = report["verdicts"][0]["power"]
+        assert low < seen["probability"] <= high
+        assert (seen["more_seeds"] == 0) is (seen["probability"] >= 0.8)
+        assert f"would have been seen with probability {seen['probability']:.2f}" in report["verdict"]
+
+
+def test_arms_that_detect_nothing_are_told(truth_file, tmp_path):
+    far = [{"image_id": 0, "category_id": 7, "bbox": [0, 90, 1, 1], "score": score / 10} for score in range(1, 5)]
+    files = {name: [] for name in ("plain", "sge")}
+    for place, entry in enumerate(far):
+        path = tmp_path / f"{place}.json"
+        path.write_text(json.dumps([entry]))
+        files["plain" if place % 2 else "sge"].append(path)
+    report = measure(GroundTruth(truth_file), files, bootstrap=200).report
+    assert report["verdicts"][0]["outcome"] == "undecided"
+    assert "Neither detects anything" in report["verdict"]
+    assert "has detections for 1 of the 12 images" in report["verdict"]
+
+
+def test_few_samples_of_the_images_are_refused(truth_file, tmp_path):
+    for samples in (-1, 1, 199):
+        with pytest.raises(UserError, match=f"--bootstrap {samples} is too few"):
+            compared(truth_file, tmp_path, {"plain": (3,), "sge": (6,)}, bootstrap=samples)
+
+
+def test_one_file_is_no_two_seeds(truth_file, tmp_path):
+    a, b = detections(tmp_path / "a.json", 3), detections(tmp_path / "b.json", 6)
+    copy = tmp_path / "copy.json"
+    copy.write_bytes(a.read_bytes())
+    for files in ([a, a], [a, copy]):
+        with pytest.raises(UserError, match="have the same content, so they are one run and not two seeds"):
+            measure(GroundTruth(truth_file), {"plain": files, "sge": [b, tmp_path / "x.json"]}, bootstrap=0)
+    report = measure(GroundTruth(truth_file), {"plain": [a], "sge": [copy]}, bootstrap=0).report
+    assert "copy.json of sge has the same content as" in report["verdict"]
 
 
 @pytest.mark.parametrize(("spread", "constant"), [(0.001, True), (0.08, False)])
@@ -136,27 +253,14 @@ def test_verdict_knows_constant_gates(truth_file, tmp_path, spread, constant):
     assert ("cannot come from attention" in report["verdict"]) is constant
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"image_id": 99}, "image 99 is not in the ground truth"),
-        ({"category_id": 1}, "category 1 is not in the ground truth"),
-        ({"score": math.nan}, "the score is not a finite number"),
-        ({"bbox": [0, 0, -4, 5]}, "negative width or height"),
-        ({"bbox": [0, 0, math.inf, 5]}, "not four finite numbers"),
-        ({"bbox": [0, 0, 5]}, "four numbers"),
-        ({"score": "0.5"}, "the score '0.5' is not a number"),
-        ({"segmentation": 5}, "its mask is neither"),
-        ({"segmentation": {"size": [50, 50], "counts": "1"}}, r"has the size \[50, 50\], its image \[100, 100\]"),
-        ({"bbox": None}, "not in COCO's result format"),
-    ],
-)
-def test_bad_detections_are_named(truth_file, tmp_path, changes, words):
-    good, bad = detections(tmp_path / "good.json", 3), detections(tmp_path / "bad.json", 3, **changes)
-    with pytest.raises(UserError, match=words) as error:
-        compare_results(truth_file, {"plain": [good], "sge": [bad]}, tmp_path / "out", bootstrap=0)
-    assert "bad.json" in str(error.value)
-    assert not (tmp_path / "out").exists()
+def test_constant_gates_of_the_reference_and_of_some_seeds_are_told(truth_file, tmp_path):
+    def stages(spread):
+        return {"res2": {"gamma": {}, "beta": {}, "gate": {"mean": 0.731, "sd": 0.1, "spatial_sd": spread}}}
+
+    gates = {"plain": {0: stages(0.001), 1: stages(0.002)}, "sge": {0: stages(0.2), 1: stages(0.003)}}
+    lines = compared(truth_file, tmp_path, {"plain": (3, 4), "sge": (6, 8)}, bootstrap=0, gates=gates)["verdict"]
+    assert "The gates of plain hardly vary over a map (standard deviation 0.0020 at most, mean 0.731): the ref" in lines
+    assert "The gates of sge with seed 1 hardly vary over a map (standard deviation 0.0030 at most" in lines
 
 
 def test_bad_files_are_named(truth_file, tmp_path):

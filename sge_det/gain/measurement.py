@@ -1,0 +1,241 @@
+"""Numbers of a comparison: metrics per arm and seed, differences, their intervals, and what they show."""
+
+import contextlib
+import gc
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hotcoco
+import numpy as np
+from tqdm import tqdm
+
+from ..errors import UserError
+from ..evaluation.bootstrap import bootstrap_metrics, image_weights
+from ..evaluation.coco import coco_metrics, evaluate_detections, metric_names
+from ..evaluation.matching import Matches, Objects
+from .inference import (
+    CONFIDENCE,
+    Interval,
+    both_interval,
+    effect_size,
+    image_interval,
+    probability_of_improvement,
+    seed_correlation,
+    seed_interval,
+    welch_interval,
+)
+from .input import GroundTruth, equal_files, has_masks, result_files, tasks_of
+from .verdict import DECLARED, Evidence, Question, gates_sentence, judge
+
+SCHEMA = 2
+# Fewer samples of the images than these tell a standard error too badly.
+_LEAST_SAMPLES = 200
+
+
+@dataclass
+class Measurement:
+    """A comparison in numbers.
+
+    Attributes:
+        report: what report.json holds (docs/measuring.md has the schema); NaN where JSON has null.
+        curves: by task, arm: for each seed the precisions (0-1) at the recalls ``curves["recall"]`` for IoU 0.5 and
+            0.75: ``{"0.50": [...], "0.75": [...]}``.
+        image_scores: by task, arm: for each seed AP50 (0-1) by image id.
+    """
+
+    report: dict[str, Any]
+    recall: list[float] = field(default_factory=list)
+    curves: dict[str, dict[str, list[dict[str, list[float]]]]] = field(default_factory=dict)
+    image_scores: dict[str, dict[str, list[dict[int, float]]]] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Millions of dictionaries without a cycle among them: looking for some takes half of the time."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def check_question(question: Question, bootstrap: int, truth: GroundTruth | None = None) -> None:
+    """Checks what can be asked, before any work.
+
+    Args:
+        truth: knows the names of the metrics; None where it is not there yet.
+
+    Raises:
+        UserError: too few bootstrap samples, a margin or a difference that is none, or a metric that does not exist.
+    """
+    if bootstrap != 0 and bootstrap < _LEAST_SAMPLES:
+        raise UserError(
+            f"--bootstrap {bootstrap} is too few to tell an interval: give at least {_LEAST_SAMPLES}, or 0 for none"
+        )
+    for name, value in (("--margin", question.margin), ("--difference", question.difference)):
+        if not 0 <= value <= 100:
+            raise UserError(f"{name} must be a number of AP points from 0 to 100, got {value}")
+    known = metric_names(truth.content["categories"]) if truth else ()
+    if truth and question.metric not in known:
+        raise UserError(f"--metric {question.metric} is none of {', '.join(known[:40])}")
+
+
+@_collector_paused()
+def measure(
+    truth: GroundTruth,
+    detections: Mapping[str, Sequence[str | Path]],
+    *,
+    seeds: Sequence[int] | None = None,
+    bootstrap: int = 1000,
+    gates: Mapping[str, Mapping[int, dict]] | None = None,
+    images: bool = True,
+    question: Question = DECLARED,
+) -> Measurement:
+    """Compares arms by their detections on one validation set; shows its progress.
+
+    Args:
+        truth: the annotations of that set.
+        detections: for each arm, the first being the reference, a file in COCO's result format for each seed.
+        seeds: of the files; 0, 1, ... by default.
+        bootstrap: samples of the image bootstrap of each difference, at least 200; 0 for none.
+        gates: by arm and seed, the statistics of :func:`sge_det.modeling.gates.gate_statistics`.
+        images: also score each image, which the gallery needs.
+        question: what is to be answered.
+
+    Raises:
+        UserError: a file is missing, malformed or given twice, the arms do not have the same number of files, or the
+            question is none.
+    """
+    check_question(question, bootstrap, truth)
+    reference, *others = detections
+    count = len(detections[reference])
+    seeds = list(range(count)) if seeds is None else list(seeds)
+    given = result_files(detections, seeds)
+    notes = equal_files(given)
+    found: dict[str, dict[str, list]] = {}
+    matches: dict[str, dict[str, list[Matches]]] = {}
+    result = Measurement(report={})
+    tasks = tasks_of(truth, given)
+    objects = {task: Objects(truth.coco, task, truth.content) for task in tasks} if bootstrap else {}
+    with tqdm(total=len(given), desc="metrics", unit="run", leave=False) as bar:
+        for file in sorted(given, key=lambda file: seeds.index(file.seed)):
+            boxes = truth.read_detections(file.path)
+            notes += truth.suspicions(str(file.path), boxes)
+            for task in tasks:
+                if task == "segm" and boxes and not has_masks(boxes):
+                    raise UserError(f"{file.path} has no masks, but others have: compare like with like")
+                evaluation = evaluate_detections(truth.coco, boxes, task)
+                found.setdefault(task, {}).setdefault(file.arm, []).append(coco_metrics(evaluation))
+                _collect(result, task, file.arm, evaluation, images)
+                if bootstrap:
+                    matches.setdefault(task, {}).setdefault(file.arm, []).append(objects[task].match(boxes))
+            bar.update()
+    if any(entry["id"] == 0 for entry in truth.annotations):
+        notes.append("An annotation has the id 0: pycocotools counts a match to it as none, here it is one.")
+    samples = _bootstrap(matches, len(truth.images), bootstrap)
+    report = {"schema": SCHEMA, "reference": reference, "seeds": seeds, "tasks": list(found)}
+    report |= {"images": len(truth.images), "confidence": CONFIDENCE, "bootstrap_samples": bootstrap}
+    report["question"] = asdict(question) | {"task": tasks[0]}
+    report["arms"] = {
+        name: {"seeds": seeds} | {task: _summary(found[task][name]) for task in found} for name in detections
+    }
+    report["differences"] = {name: {} for name in others}
+    report["gates"] = {name: {str(seed): stages for seed, stages in of.items()} for name, of in (gates or {}).items()}
+    report["verdicts"] = []
+    for task in tasks:
+        evidence = {}
+        for name in others:
+            pair = [found[task][of] for of in (reference, name)]
+            drawn = [samples[task][of] if samples else None for of in (reference, name)]
+            report["differences"][name][task], of_arm = _differences(*pair, *drawn, len(truth.images), question.paired)
+            evidence[name] = of_arm[question.metric]
+        primary = task == tasks[0]
+        report["verdicts"] += judge(
+            evidence, reference, task, question.metric, question, primary=primary, bootstrap=bootstrap
+        )
+    report["notes"] = notes
+    sentences = [verdict["sentence"] for verdict in report["verdicts"]]
+    sentences += [gates_sentence(report, name) for name in detections]
+    report["verdict"] = "\n".join(sentence for sentence in (*sentences, *notes) if sentence)
+    result.report = report
+    return result
+
+
+def _collect(result: Measurement, task: str, name: str, evaluation: hotcoco.COCOeval, images: bool) -> None:
+    curves = evaluation.report()["curves"]
+    result.recall = curves["rec_thrs"]
+    by_seed = result.curves.setdefault(task, {}).setdefault(name, [])
+    by_seed.append({iou: curves[f"pr@{iou}"] for iou in ("0.50", "0.75")})
+    if not images:
+        return
+    scores = {image: summary["ap"] for image, summary in evaluation.image_diagnostics()["img_summary"].items()}
+    result.image_scores.setdefault(task, {}).setdefault(name, []).append(scores)
+
+
+def _bootstrap(
+    matches: Mapping[str, Mapping[str, Sequence[Matches]]], images: int, samples: int
+) -> dict[str, dict[str, np.ndarray]]:
+    """The metrics for each sample of the images: by task and arm (seeds, samples, metrics), in points."""
+    if not samples:
+        return {}
+    weights = image_weights(images, samples)
+    runs = sum(len(of_seeds) for arms in matches.values() for of_seeds in arms.values())
+    found: dict[str, dict[str, np.ndarray]] = {}
+    with tqdm(total=runs * samples, desc="bootstrap", unit="sample", leave=False) as bar:
+        for task, arms in matches.items():
+            for name, of_seeds in arms.items():
+                found.setdefault(task, {})[name] = bootstrap_metrics(of_seeds, weights, bar.update)
+    return found
+
+
+def _summary(by_seed: Sequence[dict[str, float]]) -> dict[str, dict]:
+    summary = {}
+    for metric in by_seed[0]:
+        values = [metrics[metric] for metrics in by_seed]
+        sd = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+        summary[metric] = {"mean": float(np.mean(values)), "sd": sd, "values": values}
+    return summary
+
+
+def _differences(
+    reference: Sequence[dict[str, float]],
+    arm: Sequence[dict[str, float]],
+    reference_samples: np.ndarray | None,
+    arm_samples: np.ndarray | None,
+    images: int,
+    paired: bool,
+) -> tuple[dict[str, dict], dict[str, Evidence]]:
+    """By metric, a difference as report.json holds it, and what a verdict needs of it."""
+    differences, evidence = {}, {}
+    for place, metric in enumerate(reference[0]):
+        theirs, ours = ([metrics[metric] for metrics in by_seed] for by_seed in (reference, arm))
+        values = np.subtract(ours, theirs)
+        seeds, welch = seed_interval(values), welch_interval(theirs, ours)
+        of_images: list[Interval | None] = []
+        both = over_images = None
+        if reference_samples is not None and arm_samples is not None:
+            a, b = reference_samples[:, :, place], arm_samples[:, :, place]
+            of_images = [image_interval(value, sample, images) for value, sample in zip(values, b - a)]
+            over_images = image_interval(float(values.mean()), (b - a).mean(0), images)
+            both = both_interval(theirs, ours, a, b, images, paired=paired)
+        found = {"seeds": seeds, "welch": welch, "images": over_images, "both": both}
+        differences[metric] = {
+            "mean": float(values.mean()),
+            "values": values.tolist(),
+            "seed_correlation": seed_correlation(theirs, ours),
+            "intervals": {name: _bounds(interval) for name, interval in found.items()},
+            "images_by_seed": [_bounds(interval) for interval in of_images],
+            "probability_of_improvement": probability_of_improvement(theirs, ours),
+            "effect_size": effect_size(theirs, ours),
+        }
+        evidence[metric] = Evidence(theirs, ours, seeds if paired else welch, both, images)
+    return differences, evidence
+
+
+def _bounds(interval: Interval | None) -> dict[str, float] | None:
+    return {"low": interval.low, "high": interval.high} if interval else None
