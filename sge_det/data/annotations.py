@@ -48,8 +48,9 @@ class Annotations:
 
     Attributes:
         path: the file.
-        content: "images" (id, file_name, height, width), "categories" (id, name, and keypoints where they are listed) and
-            "annotations" (id, image_id, category_id, bbox, area, iscrowd, and segmentation where there is one), for hotcoco.
+        content: for hotcoco: "images" (id, file_name, height, width), "categories" (id, name, and keypoints where they
+            are listed) and "annotations" (id, image_id, category_id, bbox, area, iscrowd, and segmentation where there
+            is one).
         has_annotations: whether the file has a list of them: test sets need none.
         warnings: what may be meant and probably is not, each with what to do.
         notes: what was adjusted in reading, or is left out in training, each a sentence.
