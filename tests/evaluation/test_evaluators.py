@@ -160,3 +160,12 @@ def test_proposals_reach_the_training_loader(sample_datasets, tmp_path):
     cfg.DATASETS.PROPOSAL_FILES_TRAIN = (str(file),)
     batch = next(iter(build_train_loader(cfg, 0)))
     assert [example["proposals"].proposal_boxes.tensor.shape for example in batch] == [(2, 4)] * 2
+
+
+def test_c4_trains_and_evaluates(sample_datasets, tmp_path):
+    c4 = ["MODEL.BACKBONE.NAME", "build_sge_resnet_backbone", "MODEL.ROI_HEADS.NAME", "SGERes5ROIHeads"]
+    c4 += ["MODEL.RESNETS.OUT_FEATURES", "['res4']", "MODEL.ROI_HEADS.IN_FEATURES", "['res4']"]
+    c4 += ["MODEL.RPN.IN_FEATURES", "['res4']", "MODEL.ANCHOR_GENERATOR.SIZES", "[[32]]"]
+    short = [*TINY, "SOLVER.MAX_ITER", "1", "DATALOADER.NUM_WORKERS", "0", "OUTPUT_DIR", str(tmp_path)]
+    cfg = setup_config(FASTER, [*short, *c4], sample_datasets)
+    assert set(train(cfg)) == {"bbox"}
