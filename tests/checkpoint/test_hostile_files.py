@@ -122,7 +122,7 @@ HOSTILE = {
     "instance.pkl": (b"(ios\nsystem\n.", "refused: to read it would call os.system"),
     "extension.pkl": (b"\x80\x02\x82\x01.", "no pickle of weights"),
     "escape.pkl": (b"\x80\x02c\x1b[2J\nx\n.", r"call '\\x1b\[2J\.x'"),
-    "old_escape.pkl": (b"(i\x1b[2J\nx\n.", r"call '\\x1b\[2J\.x'"),
+    "old_escape.pkl": (b"(i\x1b[2J\nx\n.", "it is no pickle"),
     "key.pkl": (b"\x80\x02}" + text("a\x1b[2J\n") + b"Ns.", r"the name 'a\\x1b\[2J\\n' in it"),
     "long_key.pkl": (b"\x80\x02}" + text("a" * 10_000) + b"Ns.", r"the name a{100} in it"),
     "storage.pth": (zipped(entry(tensor(HUGE + b"\x85", elements=HUGE))), "a storage of 40000000000000 bytes"),
