@@ -1,8 +1,9 @@
 """What a run is made from: the config, the content of its files and the versions, and where two runs differ."""
 
 import hashlib
+import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import detectron2
@@ -23,16 +24,17 @@ _FREE_KEYS = (
 )
 
 
-def fingerprint(cfg: CfgNode, contents: "Contents", processes: int) -> dict:
+def fingerprint(cfg: CfgNode, contents: "Contents", processes: int, imports: Sequence[str] = ()) -> dict:
     """What the outcome of a run of ``cfg`` depends on.
 
     Args:
         contents: reads the files that ``cfg`` names, each once however many runs use it.
         processes: the run's, on all machines.
+        imports: modules of the user's own that the run imports.
 
     Returns:
         ``{"config": {key: value in Python's notation}, "content": {name: hash}, "version": {package: version},
-        "processes"}``, for JSON.
+        "source": {module: hash}, "processes"}``, for JSON.
 
     Raises:
         UserError: a file cannot be read.
@@ -45,8 +47,28 @@ def fingerprint(cfg: CfgNode, contents: "Contents", processes: int) -> dict:
             "Detectron2": detectron2.__version__,
             "torch": torch.__version__.split("+")[0],
         },
+        "source": {name: source_hash(name) for name in ("sge_det", *imports)},
         "processes": processes,
     }
+
+
+def source_hash(module: str) -> str:
+    """Of the Python files of a module, or of all of its package: names and content; "" where it has none.
+
+    A version says too little where code is edited.
+    """
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        return ""
+    origin = Path(spec.origin)
+    is_package = bool(spec.submodule_search_locations)
+    files = sorted(origin.parent.rglob("*.py")) if is_package else [origin]
+    digest = hashlib.sha256()
+    for file in files:
+        if file.is_file():
+            digest.update(f"{file.relative_to(origin.parent).as_posix()}\n".encode())
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 class Contents:
@@ -118,12 +140,15 @@ def _flat(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 def differences(found: dict, wanted: dict) -> Iterator[str]:
     """Where the fingerprint ``found`` differs from ``wanted``, a phrase for each, what counts most first."""
-    for part in ("config", "start", "content", "version"):
+    for part in ("config", "start", "content", "version", "source"):
         there, here = found.get(part, {}), wanted.get(part, {})
         for key in [*here, *(key for key in there if key not in here)]:
             if there.get(key) != here.get(key):
                 if part == "content":
                     yield f"another content of {key}"
+                elif part == "source":
+                    if key in there:  # older runs did not record it
+                        yield f"other source code of {key}"
                 elif part == "start":
                     yield f"weights of a run with {key} {there.get(key, 'absent')}, here {here.get(key, 'absent')}"
                 else:

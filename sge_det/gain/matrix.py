@@ -96,7 +96,7 @@ class Matrix:
                 command += [item for name in launch.imports for item in ("--import", name)]
                 command += [item for triple in datasets for item in ("--dataset", *triple)]
                 command += [*overrides, *arm.overrides, *own]
-                made_from = fingerprint(cfg, contents, launch.num_gpus * launch.num_machines)
+                made_from = fingerprint(cfg, contents, launch.num_gpus * launch.num_machines, launch.imports)
                 if reference is not None:
                     made_from["start"] = reference.fingerprint["config"]
                     cfg.MODEL.WEIGHTS = str(folder / START_FILE)
