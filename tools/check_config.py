@@ -15,7 +15,9 @@ from sge_det.errors import UserError, user_errors
 
 @user_errors
 def main(argv: list[str] | None = None) -> None:
-    args = argument_parser(epilog=__doc__).parse_args(argv)
+    parser = argument_parser(epilog=__doc__)
+    parser.add_argument("--images", action="store_true", help="open every image of the data sets, not 50 of each")
+    args = parser.parse_args(argv)
     if not args.config_file:
         raise UserError("give a config with --config-file, for instance configs/sample/faster_rcnn_SGE_R_50_FPN.yaml")
     processes = max(args.num_gpus, 1) * args.num_machines
@@ -26,6 +28,7 @@ def main(argv: list[str] | None = None) -> None:
         processes=processes,
         resume=args.resume,
         eval_only=args.eval_only,
+        every_image=args.images,
     )
     for finding in findings:
         print(f"{finding.severity}: {finding}")

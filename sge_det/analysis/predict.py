@@ -109,7 +109,7 @@ def predict(
                 fault = _one_video(file, target, predictor, draw, found) if is_video(file) else ""
                 if not is_video(file):
                     image = predictor.read(file)
-                    picture, instances = draw(image)
+                    picture, instances = _drawn(draw, image)
                     found.add(image, instances)
                     write_file(target, _encoded(target, picture))
             except Unreadable as error:
@@ -146,6 +146,19 @@ def _drawing(
         return captioned([(draw_detections(rgb, instances, names), "detections"), (gates, text)]), instances
 
     return with_gates
+
+
+def _drawn(draw: Callable, image: np.ndarray) -> tuple[np.ndarray, Instances]:
+    """``draw(image)``; what an image's size or content does to the model must not end the other files' turn.
+
+    Raises:
+        Unreadable: it failed.
+    """
+    try:
+        return draw(image)
+    except (RuntimeError, MemoryError, ArithmeticError, cv2.error) as error:
+        text = str(error).split("\n")[0] or type(error).__name__
+        raise Unreadable(f"the model cannot take it ({image.shape[1]}x{image.shape[0]}): {text}") from error
 
 
 def _one_video(file: Path, target: Path, predictor: Predictor, draw: Callable, found: _Found) -> str:

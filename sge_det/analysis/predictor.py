@@ -17,6 +17,7 @@ from torch import nn
 from ..config import load_config
 from ..data.annotations import read_annotations
 from ..data.datasets import register_sample
+from ..data.images import image_fault
 from ..engine import doctor
 from ..engine.training import load_model, setup_config
 from ..errors import UserError
@@ -127,6 +128,9 @@ class Predictor:
         Raises:
             Unreadable: it cannot be read.
         """
+        fault = image_fault(file)
+        if fault:
+            raise Unreadable(fault)
         try:
             return read_image(str(file), self.format)
         except Exception as error:  # Pillow's decoders raise nearly anything on damaged files

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from PIL import Image
 
 from ..errors import UserError
 from .datasets import check_masks
+from .images import image_fault
 
 
 def build_train_loader(cfg: CfgNode, seed: int) -> "ReplayableLoader":
@@ -212,8 +214,12 @@ def map_image(mapper: DatasetMapper, example: dict) -> dict:
     """``mapper(example)``, with a sentence that names the image where it cannot be read.
 
     Raises:
-        UserError: the image is missing, damaged, or not of the size that the annotations say.
+        UserError: the image is missing, damaged, deeper than 8 bits, or not of the size that the annotations say.
     """
+    file = str(example["file_name"])
+    fault = image_fault(file) if os.path.isfile(file) else None
+    if fault:
+        raise UserError(f"the image {file} {fault}")
     try:
         return mapper(example)
     except (OSError, SyntaxError) as error:

@@ -1,5 +1,6 @@
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -182,10 +183,12 @@ def test_masks_that_a_mask_detector_cannot_read_are_told(sample, tmp_path, segme
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_validation_image_is_named(sample, tmp_path, workers):
     content = json.loads((sample / "annotations/instances_val.json").read_text())
-    for image in content["images"]:
-        (tmp_path / image["file_name"]).write_bytes(b"\xff\xd8 not a picture")
+    shutil.copytree(sample / "val", tmp_path, dirs_exist_ok=True)
     triple = ("damaged_val", str(sample / "annotations/instances_val.json"), str(tmp_path))
     cfg = setup_config(CONFIG, ["DATALOADER.NUM_WORKERS", str(workers)], [triple])
+    # after the doctor has looked
+    for image in content["images"]:
+        (tmp_path / image["file_name"]).write_bytes(b"\xff\xd8 not a picture")
     loader = build_test_loader(cfg, "damaged_val")
     assert len(loader) == len(content["images"])
     with pytest.raises(sge_det.UserError) as raised:
@@ -208,10 +211,12 @@ def test_a_damaged_image_is_named(sample, tmp_path, workers):
     ]
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] == content["images"][0]["id"]]
     (tmp_path / "one.json").write_text(json.dumps(content))
-    (tmp_path / content["images"][0]["file_name"]).write_bytes(b"\xff\xd8 not a picture")
+    file = tmp_path / content["images"][0]["file_name"]
+    shutil.copy(sample / "train" / file.name, file)
     cfg = setup_config(
         CONFIG, ["DATALOADER.NUM_WORKERS", str(workers)], [("one_train", str(tmp_path / "one.json"), str(tmp_path))]
     )
+    file.write_bytes(b"\xff\xd8 not a picture")
     with pytest.raises(sge_det.UserError) as raised:
         first_batches(build_train_loader(cfg, 0), 1)
     assert str(raised.value).startswith("the image ")

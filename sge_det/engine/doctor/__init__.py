@@ -28,6 +28,7 @@ def diagnose(
     processes: int = 1,
     resume: bool = False,
     eval_only: bool = False,
+    every_image: bool = False,
 ) -> list[Finding]:
     """All that is wrong with a config and what it names; errors come first.
 
@@ -35,6 +36,7 @@ def diagnose(
         config_file, overrides, datasets, eval_only: as in :func:`.training.setup_config`.
         processes: how many it is to be trained in.
         resume: whether it is to go on from ``OUTPUT_DIR``.
+        every_image: open each image of the data sets, not a sample.
     """
     register_sample()
     try:
@@ -46,18 +48,19 @@ def diagnose(
         use_datasets(cfg, datasets, overrides, eval_only=eval_only)
     except UserError as error:
         findings.append(finding_of(error, "DATASETS"))
-    findings += examine_files(cfg, eval_only=eval_only)
+    findings += examine_files(cfg, eval_only=eval_only, every_image=every_image)
     if not eval_only:
         findings += examine_run(cfg, processes=processes, resume=resume)
     unique = list(dict.fromkeys(findings))
     return sorted(unique, key=lambda finding: finding.severity)
 
 
-def examine_files(cfg: CfgNode, *, eval_only: bool = False) -> list[Finding]:
+def examine_files(cfg: CfgNode, *, eval_only: bool = False, every_image: bool = False) -> list[Finding]:
     """What is wrong with the weights and the data sets of ``cfg``, or with it in their light."""
     options = sge_options(cfg)
     names = dict.fromkeys((*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST))
-    findings = [finding for name in names if name in DatasetCatalog for finding in examine_dataset(name)]
+    known = [name for name in names if name in DatasetCatalog]
+    findings = [finding for name in known for finding in examine_dataset(name, every_image=every_image)]
     if not unregistered(cfg) and not wrong_groups(cfg, options) and not missing_weights(cfg):
         findings += examine_weights(cfg, options)
     return [f for f in findings if not (eval_only and f.key == "MODEL.BACKBONE.FREEZE_AT")]

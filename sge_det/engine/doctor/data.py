@@ -8,6 +8,7 @@ from detectron2.data import MetadataCatalog
 
 from ...data.annotations import read_annotations
 from ...data.datasets import missing_images
+from ...data.images import image_faults
 from ...errors import UserError
 from .finding import Finding
 
@@ -21,18 +22,26 @@ _WARNINGS = {
 }
 
 
-def examine_dataset(name: str) -> list[Finding]:
+# So many images are opened where not all of them are to be.
+_SAMPLED = 50
+
+
+def examine_dataset(name: str, *, every_image: bool = False) -> list[Finding]:
+    """Faults of a data set; of its images, a sample is opened, or each with ``every_image``."""
     metadata = MetadataCatalog.get(name)
     json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
     if not json_file or not image_root or not Path(json_file).is_file() or not Path(image_root).is_dir():
         return []  # not COCO's format, or use_datasets has said so
     stat = os.stat(json_file)
-    faults = _dataset_faults(json_file, image_root, stat.st_mtime_ns, stat.st_size)
+    most = None if every_image else _SAMPLED
+    faults = _dataset_faults(json_file, image_root, most, stat.st_mtime_ns, stat.st_size)
     return [Finding(severity, f"data set {name}", problem, remedy) for severity, problem, remedy in faults]
 
 
 @functools.lru_cache(maxsize=8)
-def _dataset_faults(json_file: str, image_root: str, time: int, size: int) -> list[tuple[str, str, str]]:
+def _dataset_faults(
+    json_file: str, image_root: str, most: int | None, time: int, size: int
+) -> list[tuple[str, str, str]]:
     """Faults of a data set as (severity, problem, remedy); ``time`` and ``size`` tell states of the file apart."""
     try:
         annotations = read_annotations(json_file)
@@ -52,4 +61,10 @@ def _dataset_faults(json_file: str, image_root: str, time: int, size: int) -> li
             f"{len(missing)} of the {len(images)} images of {json_file} are not in {image_root} ({missing[0]}, ...)"
         )
         faults.append(("error", problem, "put them there, or name the folder that holds them"))
+        return faults
+    damaged = image_faults(images, image_root, most)
+    if damaged:
+        file, fault = damaged[0]
+        more = f" (and {len(damaged) - 1} more images cannot be used)" if len(damaged) > 1 else ""
+        faults.append(("error", f"the image {file} {fault}{more}", ""))
     return faults
