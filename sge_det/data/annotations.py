@@ -159,6 +159,9 @@ class _Reader:
         content = {"images": images, "annotations": objects, "categories": categories}
         self._look_at_boxes(objects, sizes)
         self._count_what_is_dropped(content)
+        if any(entry["id"] < 0 for entry in objects):  # hotcoco takes none, and no metric reads them
+            for number, entry in enumerate(objects, 1):
+                entry["id"] = number
         for what, count in self.adjusted.items():
             self.notes.append(f"{what} ({count})")
         warnings = [f"{what} ({_some(ids)})" for what, ids in self.told.items()]
@@ -197,7 +200,7 @@ class _Reader:
         return value
 
     def _image(self, entry: dict) -> dict:
-        number = self._whole_number(entry, "id", f"image {_shown(entry['file_name'])}", -_MOST_ID, _MOST_ID)
+        number = self._whole_number(entry, "id", f"image {_shown(entry['file_name'])}", 0, _MOST_ID)
         name = entry["file_name"]
         if not isinstance(name, str) or not name or len(name) > _LONGEST_NAME:
             raise UserError(f"{self.path}: image {number} has the file_name {_shown(name)}: a name is needed")
@@ -208,7 +211,7 @@ class _Reader:
         return {"id": number, "file_name": name, "height": height, "width": width}
 
     def _category(self, entry: dict) -> dict:
-        number = self._whole_number(entry, "id", f"category {_shown(entry['name'])}", -_MOST_ID, _MOST_ID)
+        number = self._whole_number(entry, "id", f"category {_shown(entry['name'])}", 0, _MOST_ID)
         if not isinstance(entry["name"], str):
             raise UserError(f"{self.path}: category {number} has the name {_shown(entry['name'])}: a text is needed")
         points = entry.get("keypoints")
@@ -339,19 +342,20 @@ def mask_fault(segmentation: Any, size: Sequence[int]) -> str | None:
         return _polygons_fault(segmentation, _MOST_SIDES * max(size))
     if not isinstance(segmentation, dict) or not isinstance(segmentation.get("counts"), str | list):
         return "its mask is neither a list of polygons nor RLE with size and counts"
-    if segmentation.get("size") != list(size):
-        return f"its mask has the size {_shown(segmentation.get('size'))}, its image {list(size)} (height, width)"
-    counts = segmentation["counts"]
+    sides, counts = segmentation.get("size"), segmentation["counts"]
+    if sides != list(size) or any(type(side) is not int for side in sides):
+        return f"its mask has the size {_shown(sides)}, its image {list(size)} (height, width)"
     if isinstance(counts, str):
         if counts.startswith(("b'", 'b"')):
-            return "its RLE is Python's notation of bytes, b'...': write the counts decoded as ASCII"
-        counts = _decompressed(counts)
+            return "its mask's counts are Python's notation of bytes, b'...': write them decoded as ASCII"
+        counts = rle_counts(counts)
         if counts is None:
-            return "its RLE is damaged: the counts are not COCO's compressed form"
-    if not all(type(count) is int and count >= 0 for count in counts):
-        return "its RLE is damaged: counts are whole numbers from 0 on"
-    if sum(counts) != size[0] * size[1]:
-        return f"its RLE is damaged: its counts add up to {sum(counts)}, its image has {size[0] * size[1]} pixels"
+            return f"its mask's counts {_shown(segmentation['counts'])} are not COCO's compressed RLE"
+    elif any(type(count) is not int or not 0 <= count <= size[0] * size[1] for count in counts):
+        return f"its mask's counts {_shown(counts)} are not whole numbers from 0 to the pixels of its image"
+    if any(count < 0 for count in counts) or sum(counts) != size[0] * size[1]:
+        shown, pixels = _shown(segmentation["counts"]), size[0] * size[1]
+        return f"its mask's counts {shown} do not add up to the {pixels} pixels of its image"
     return None
 
 
@@ -367,28 +371,35 @@ def _polygons_fault(polygons: list, bound: float) -> str | None:
     return None
 
 
-def _decompressed(text: str) -> list[int] | None:
-    """The counts of COCO's compressed RLE (pycocotools' ``rleFrString``), None where it is none."""
-    counts: list[int] = []
-    value = shift = 0
-    for character in text:
-        bits = ord(character) - 48
-        if not 0 <= bits < 64 or shift > 60:
-            return None
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            if bits & 16:
-                value -= 1 << shift
-            if len(counts) > 2:
-                value += counts[-2]
-            counts.append(value)
-            value = shift = 0
-    return None if shift else counts
+def rle_counts(text: str) -> np.ndarray | None:
+    """The run lengths of COCO's compressed RLE, (runs,); None for what is none.
+
+    Each is written in groups of five bits from the lowest on, in a character from "0" on whose sixth bit says that
+    another follows; from the fourth on it is the difference from the one two before.
+    """
+    if not text or not text.isascii():
+        return None
+    codes = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) - 48
+    if codes.min() < 0 or codes.max() > 63:
+        return None
+    ends = (codes & 32) == 0
+    if not ends[-1]:
+        return None
+    last = np.flatnonzero(ends)
+    first = np.concatenate([[0], last[:-1] + 1])
+    place = np.arange(len(codes)) - np.repeat(first, last - first + 1)
+    if place.max() > 6:  # 35 bits: no image has as many pixels
+        return None
+    counts = np.add.reduceat((codes & 31) << (5 * place), first)
+    negative = (codes[last] & 16) != 0
+    counts[negative] -= 1 << (5 * (place[last][negative] + 1))
+    counts[1::2] = np.cumsum(counts[1::2])
+    counts[2::2] = np.cumsum(counts[2::2])
+    return counts
 
 
 def _covers(counts: str | list[int]) -> bool:
-    runs = _decompressed(counts) if isinstance(counts, str) else counts
+    runs = rle_counts(counts) if isinstance(counts, str) else counts
     return any(runs[1::2])
 
 

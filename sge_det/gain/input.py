@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.annotations import read_annotations
+from ..data.annotations import mask_fault, read_annotations
 from ..errors import UserError
 from ..evaluation.coco import TASKS
 
@@ -194,49 +194,7 @@ def result_mask_fault(mask: Any, size: tuple[int, int]) -> str | None:
     if isinstance(mask, list):
         is_sound = bool(mask) and all(map(_is_polygon, mask))
         return None if is_sound else "its mask is a list, but not of polygons [x, y, x, y, ...] of at least 3 points"
-    if not isinstance(mask, dict) or not isinstance(mask.get("counts"), str | list):
-        return "its mask is neither a list of polygons nor RLE with size and counts"
-    if mask.get("size") != list(size) or any(type(side) is not int for side in mask["size"]):
-        return f"its mask has the size {_shown(mask.get('size'))}, its image {list(size)} (height, width)"
-    counts = mask["counts"]
-    if isinstance(counts, str):
-        decoded = rle_counts(counts)
-        if decoded is None:
-            return f"its mask's counts {_shown(counts)} are not COCO's compressed RLE"
-    elif any(type(count) is not int or not 0 <= count <= size[0] * size[1] for count in counts):
-        return f"its mask's counts {_shown(counts)} are not whole numbers from 0 to the pixels of its image"
-    else:
-        decoded = np.array(counts, dtype=np.int64)
-    if (decoded < 0).any() or decoded.sum() != size[0] * size[1]:
-        return f"its mask's counts {_shown(counts)} do not add up to the {size[0] * size[1]} pixels of its image"
-    return None
-
-
-def rle_counts(text: str) -> np.ndarray | None:
-    """The run lengths of COCO's compressed RLE, (runs,); None for what is none.
-
-    Each is written in groups of five bits from the lowest on, in a character from "0" on whose sixth bit says that
-    another follows; from the fourth on it is the difference from the one two before.
-    """
-    if not text or not text.isascii():
-        return None
-    codes = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) - 48
-    if codes.min() < 0 or codes.max() > 63:
-        return None
-    ends = (codes & 32) == 0
-    if not ends[-1]:
-        return None
-    last = np.flatnonzero(ends)
-    first = np.concatenate([[0], last[:-1] + 1])
-    place = np.arange(len(codes)) - np.repeat(first, last - first + 1)
-    if place.max() > 6:  # 35 bits: no image has as many pixels
-        return None
-    counts = np.add.reduceat((codes & 31) << (5 * place), first)
-    negative = (codes[last] & 16) != 0
-    counts[negative] -= 1 << (5 * (place[last][negative] + 1))
-    counts[1::2] = np.cumsum(counts[1::2])
-    counts[2::2] = np.cumsum(counts[2::2])
-    return counts
+    return mask_fault(mask, size)
 
 
 def _is_polygon(points: Any) -> bool:

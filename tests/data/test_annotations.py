@@ -204,6 +204,12 @@ def test_numbers_that_only_json_of_python_has(content, write, text):
         read_annotations(path)
 
 
+def test_ids_of_annotations_may_be_negative(content, write):
+    content["annotations"][1]["id"] = -7
+    found = read_annotations(write(content))
+    assert len(found.coco.get_ann_ids()) == len(content["annotations"])
+
+
 def test_files_that_are_none_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", "/dev/zero", tmp_path):

@@ -6,8 +6,9 @@ import pytest
 from pycocotools import mask as mask_utils
 
 from sge_det import UserError
+from sge_det.data.annotations import rle_counts
 from sge_det.gain import compare_results
-from sge_det.gain.input import GroundTruth, rle_counts
+from sge_det.gain.input import GroundTruth
 
 SIZE = (30, 40)
 
