@@ -15,8 +15,8 @@ from . import sge_eager
 
 _MODULES = {"eager": "sge_eager", "compile": "sge_compiled", "triton": "sge_triton"}
 KERNELS = tuple(_MODULES)
-# Kernels that could not run; it is told once, and the eager one has taken their place since.
-_given_up: set[str] = set()
+# Kernels that could not run on a type of device; it is told once, and the eager one has taken their place since.
+_given_up: set[tuple[str, str]] = set()
 
 
 def forward(
@@ -30,7 +30,9 @@ def forward(
 ) -> tuple[Tensor, tuple[Tensor, ...], str]:
     """The result, what the gradient needs of it, and the name of the kernel that ran; see :func:`sge_eager.forward`."""
     arguments = (x, shortcut, weight, bias, eps, inplace)
-    result = _attempt(kernel, lambda module: module.forward(*arguments))
+    if kernel == "triton" and x.dtype == torch.float64:  # its statistics are in float32
+        kernel = "eager"
+    result = _attempt(kernel, x, lambda module: module.forward(*arguments))
     return (*sge_eager.forward(*arguments), "eager") if result is None else (*result, kernel)
 
 
@@ -46,7 +48,7 @@ def backward(
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
     """The gradients of :func:`forward` by the kernel that ran; see :func:`sge_eager.backward`."""
-    result = _attempt(kernel, lambda module: module.backward(x, grad, out, kept, weight, bias, eps, needs))
+    result = _attempt(kernel, x, lambda module: module.backward(x, grad, out, kept, weight, bias, eps, needs))
     if result is not None:
         return result
     if kernel != "eager":
@@ -54,9 +56,9 @@ def backward(
     return sge_eager.backward(x, grad, out, kept, weight, bias, eps, needs)
 
 
-def _attempt(kernel: str, call: Callable[[ModuleType], tuple]) -> tuple | None:
+def _attempt(kernel: str, x: Tensor, call: Callable[[ModuleType], tuple]) -> tuple | None:
     """What ``call`` returns for the kernel's module; None where the eager kernel has to do it."""
-    if kernel == "eager" or kernel in _given_up:
+    if kernel == "eager" or (kernel, x.device.type) in _given_up:
         return None
     try:
         return call(importlib.import_module(f".{_MODULES[kernel]}", __package__))
@@ -64,9 +66,11 @@ def _attempt(kernel: str, call: Callable[[ModuleType], tuple]) -> tuple | None:
         raise
     # Compilers fail in ways of their own: no C++ compiler, a device or a Python that they do not know.
     except Exception as error:
-        _given_up.add(kernel)
+        _given_up.add((kernel, x.device.type))
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         warnings.warn(
-            f"SGE's {kernel!r} kernel cannot run here and 'eager' takes its place ({reason})", RuntimeWarning, 2
+            f"SGE's {kernel!r} kernel cannot run on {x.device.type} here and 'eager' takes its place ({reason})",
+            RuntimeWarning,
+            2,
         )
         return None

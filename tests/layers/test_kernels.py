@@ -115,7 +115,9 @@ def test_a_kernel_that_cannot_run_says_so_once(monkeypatch, kernel, when):
             monkeypatch.setattr(sge_compiled, f"_compiled{name}", getattr(sge_compiled, name))
         monkeypatch.setattr(sge_compiled, when, fail)
     layer = make_layer(4, dtype=torch.float32, kernel=kernel)
-    with pytest.warns(RuntimeWarning, match=f"'{kernel}' kernel cannot run here and 'eager' takes its place") as told:
+    with pytest.warns(
+        RuntimeWarning, match=f"'{kernel}' kernel cannot run on cpu here and 'eager' takes its place"
+    ) as told:
         assert_close(*gradients(layer, (2, 16, 9, 7)))
         assert_close(*gradients(layer, (1, 8, 3, 3)))
     assert len(told) == 1 and "\n" not in str(told[0].message)
