@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import hotcoco
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
@@ -23,6 +24,8 @@ from detectron2.evaluation import (
     SemSegEvaluator,
 )
 from detectron2.evaluation.coco_evaluation import _evaluate_predictions_on_coco
+from detectron2.utils.file_io import PathManager
+from PIL import Image
 
 from ..errors import UserError
 from ..files import write_file
@@ -161,10 +164,16 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, folder: str = "inference") 
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
 
 
+def _read_labels(path: str, copy: bool = False, dtype: type | None = None) -> np.ndarray:
+    """The picture of a semantic segmentation, (H, W). Detectron2's own reader asks for no copy, which NumPy 2 refuses."""
+    with PathManager.open(path, "rb") as file:
+        return np.asarray(Image.open(file), dtype=dtype)
+
+
 def _evaluators(kind: str, cfg: CfgNode, name: str, folder: str) -> list[DatasetEvaluator]:
     evaluators: list[DatasetEvaluator] = []
     if kind in ("sem_seg", "coco_panoptic_seg"):
-        evaluators.append(SemSegEvaluator(name, output_dir=folder))
+        evaluators.append(SemSegEvaluator(name, output_dir=folder, sem_seg_loading_fn=_read_labels))
     if kind in ("coco", "coco_panoptic_seg"):
         sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
         tasks = model_tasks(cfg)

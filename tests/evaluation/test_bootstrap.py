@@ -110,13 +110,18 @@ def test_an_interrupt_ends_it(monkeypatch):
     matches = matched(truth, detections)
     monkeypatch.setattr(bootstrap, "_CHUNK", 1)
     told = []
+    # where tests run in the background the shell has made them deaf to it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupt(samples):
         told.append(samples)
         signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        bootstrap_metrics([matches], image_weights(24, 3000), interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            bootstrap_metrics([matches], image_weights(24, 3000), interrupt)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert sum(told) < 100
     for thread in threading.enumerate():
         if thread is not threading.main_thread() and "ThreadPool" in thread.name:

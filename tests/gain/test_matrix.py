@@ -227,11 +227,12 @@ def test_launch_arguments_are_handed_to_each_run(tmp_path, sample_datasets):
 
 def test_mistakes_that_a_run_finds_are_told(sample, sample_datasets, tmp_path):
     shutil.copytree(sample / "train", tmp_path / "train")
-    for image in (tmp_path / "train").iterdir():
-        image.write_bytes(b"no image")
     (name, file, _), val = sample_datasets
     made = matrix(tmp_path / "out", [(name, file, str(tmp_path / "train")), val])
-    with pytest.raises(UserError, match=r"^plain/seed0: the image \S+ cannot be read"):
+    # behind the back of the set-up, which looks at images too
+    for image in (tmp_path / "train").iterdir():
+        image.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"^plain/seed0: .*the image \S+ "):
         made.execute()
 
 
