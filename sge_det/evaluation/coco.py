@@ -165,7 +165,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, folder: str = "inference") 
 
 
 def _read_labels(path: str, copy: bool = False, dtype: type | None = None) -> np.ndarray:
-    """The picture of a semantic segmentation, (H, W). Detectron2's own reader asks for no copy, which NumPy 2 refuses."""
+    """A picture of labels, (H, W); Detectron2's own reader asks for it without a copy, which NumPy 2 refuses."""
     with PathManager.open(path, "rb") as file:
         return np.asarray(Image.open(file), dtype=dtype)
 
