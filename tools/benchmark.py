@@ -1,20 +1,24 @@
-"""Times SGE: the layer beside its rivals, or a detector beside its plain twin. Tables are Markdown.
+"""Times SGE: the layer beside its rivals, a detector beside its plain twin, or all of it on a GPU. Tables are Markdown.
 
 benchmark.py layer
 benchmark.py layer --shapes 2,256,100,152 1,2048,25,38 --rounds 50 --json layer.json
 benchmark.py model --config-file configs/COCO-Detection/faster_rcnn_SGE_R_50_FPN_1x.yaml --json model.json
+benchmark.py gpu --json gpu.json    # checks the kernels eager, compile and triton first; ends with 1 if one is wrong
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from sge_det.analysis import benchmark
+from sge_det.analysis import benchmark, kernels
 from sge_det.config import load_config
 from sge_det.errors import UserError, user_errors
 from sge_det.files import write_json
+
+GPU_CONFIG = "COCO-Detection/faster_rcnn_SGE_R_50_FPN_1x.yaml"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,6 +35,12 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--config-file", required=True, metavar="FILE", help="the detector with SGE")
     model.add_argument("--images", type=int, default=1, metavar="N", help="images in a batch (default %(default)s)")
     model.add_argument("--size", type=int, nargs=2, default=(800, 1216), metavar=("H", "W"), help="of the images, px")
+    gpu = commands.add_parser("gpu", parents=[common], help="all kernels, checked and timed, layer and detector")
+    gpu.add_argument("--device", help="default: cuda, or cpu where there is none")
+    gpu.add_argument("--config-file", default=GPU_CONFIG, metavar="FILE", help="the detector (default %(default)s)")
+    gpu.add_argument("--shapes", type=shape, nargs="+", metavar="N,C,H,W", help="default: R-50's stages, two batches")
+    gpu.add_argument("--images", type=int, default=2, metavar="N", help="images in a batch (default %(default)s)")
+    gpu.add_argument("--size", type=int, nargs=2, default=(800, 1216), metavar=("H", "W"), help="of the images, px")
     model.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
     return arguments
 
@@ -52,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         shapes = args.shapes or (benchmark.QUICK_SHAPES if args.quick else benchmark.SHAPES)
         result = benchmark.benchmark_layer(shapes, args.rounds or (7 if args.quick else 31))
         print(benchmark.layer_report(result))
+    elif args.command == "gpu":
+        result = benchmark_gpu(args)
+        print(kernels.report(result))
     else:
         overrides = args.opts if "MODEL.DEVICE" in args.opts else [*args.opts, "MODEL.DEVICE", default_device()]
         cfg = load_config(args.config_file, overrides)
@@ -59,6 +72,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(benchmark.model_report(result))
     if args.json:
         write_json(args.json, result)
+    if args.command == "gpu" and (wrong := kernels.failures(result)):
+        print("wrong: " + "; ".join(wrong), file=sys.stderr)
+        sys.exit(1)
+
+
+def benchmark_gpu(args: argparse.Namespace) -> dict:
+    device = args.device or default_device()
+    cfg = load_config(args.config_file, ["MODEL.DEVICE", device])
+    return kernels.benchmark_kernels(
+        torch.device(device),
+        cfg,
+        shapes=args.shapes or benchmark.SHAPES,
+        rounds=args.rounds or 20,
+        model_rounds=min(args.rounds or 5, 5),
+        images=args.images,
+        size=tuple(args.size),
+    )
 
 
 def default_device() -> str:

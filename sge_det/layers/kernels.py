@@ -56,9 +56,14 @@ def backward(
     return sge_eager.backward(x, grad, out, kept, weight, bias, eps, needs)
 
 
+def cannot_run(kernel: str, device_type: str) -> bool:
+    """Whether a kernel was tried on a type of device and gave up."""
+    return (kernel, device_type) in _given_up
+
+
 def _attempt(kernel: str, x: Tensor, call: Callable[[ModuleType], tuple]) -> tuple | None:
     """What ``call`` returns for the kernel's module; None where the eager kernel has to do it."""
-    if kernel == "eager" or (kernel, x.device.type) in _given_up:
+    if kernel == "eager" or cannot_run(kernel, x.device.type):
         return None
     try:
         return call(importlib.import_module(f".{_MODULES[kernel]}", __package__))

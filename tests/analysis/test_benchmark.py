@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from sge_det.analysis import benchmark
+from sge_det.analysis import kernels as kernel_benchmark
+from sge_det.layers import kernels, sge_compiled
 from sge_det.layers.sge import SpatialGroupEnhance
 
 SHAPE = (2, 256, 50, 76)
@@ -92,3 +94,41 @@ def test_model_tool_wants_the_config_with_sge(run_tool):
     config = "sample/faster_rcnn_SGE_R_50_FPN.yaml"
     done = run_tool("benchmark.py", "model", "--config-file", config, "MODEL.SGE.ENABLED", "False")
     assert done.returncode == 2 and "the plain twin is made from it" in done.stderr
+
+
+def test_gpu_command_goes_as_far_as_a_cpu_goes(call_tool, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "_given_up", set())
+    for name in ("_forward", "_backward"):  # as they are, which takes no compiler
+        monkeypatch.setattr(sge_compiled, f"_compiled{name}", getattr(sge_compiled, name))
+    arguments = ["--device", "cpu", "--shapes", "1,64,5,5", "--rounds", 2, "--images", 1, "--size", 64, 64]
+    config = ["--config-file", "sample/faster_rcnn_SGE_R_50_FPN.yaml"]
+    done = call_tool("benchmark.py", "gpu", *arguments, *config, "--json", "gpu.json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    runs = {check["kernel"]: check["runs"] for check in result["checks"]}
+    assert runs == {"eager": True, "compile": True, "triton": False}
+    assert len(result["checks"]) == 3 * 3 * 2 and all(check["holds"] for check in result["checks"])
+    assert [(entry["dtype"], entry["shape"]) for entry in result["layer"]] == [
+        ("float32", [1, 64, 5, 5]),
+        ("bfloat16", [1, 64, 5, 5]),
+    ]
+    assert {"eager", "compile", "textbook", "timm se"} <= set(result["layer"][0]["contestants"])
+    assert [entry["kernel"] for entry in result["detector"]] == ["eager", "compile"]
+    assert "cannot run" in done.stdout and "### detector" in done.stdout
+
+
+def test_gpu_command_tells_of_wrong_numbers(call_tool, monkeypatch):
+    monkeypatch.setattr(kernels, "_given_up", set())
+    monkeypatch.setattr(sge_compiled, "_compiled_backward", sge_compiled._backward)
+
+    def wrong(x, shortcut, out, *rest):
+        kept = sge_compiled._forward(x, shortcut, out, *rest)
+        out.mul_(1.1)
+        return kept
+
+    monkeypatch.setattr(sge_compiled, "_compiled_forward", wrong)
+    monkeypatch.setattr(kernel_benchmark, "_time_shape", lambda *args: {})
+    monkeypatch.setattr(kernel_benchmark, "_time_detector", lambda *args: {})
+    monkeypatch.setattr(kernel_benchmark, "report", lambda result: "")
+    done = call_tool("benchmark.py", "gpu", "--device", "cpu")
+    assert done.returncode == 1 and "wrong: compile, float32, contiguous_format" in done.stderr
