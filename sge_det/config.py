@@ -12,6 +12,7 @@ from .layers.attention import ATTENTIONS, SGE
 from .layers.kernels import KERNELS
 
 STAGES = ("res2", "res3", "res4", "res5")
+LOADER_TIMEOUT = 600
 OPTIMIZERS = ("SGD", "ADAMW")
 
 # In a wheel the configs lie in the package, in a checkout beside it.
@@ -19,12 +20,14 @@ _CONFIG_DIRS = [folder / "configs" for folder in (Path(__file__).parent, Path(__
 
 
 def add_sge_config(cfg: CfgNode) -> None:
-    """Adds the ``MODEL.SGE`` keys and our two of ``SOLVER``, with their defaults, to a Detectron2 config."""
+    """Adds the ``MODEL.SGE`` keys and ours of ``SOLVER`` and ``DATALOADER``, with their defaults, to a config."""
     cfg.MODEL.SGE = _default_options()
     # "SGD", as everywhere in Detectron2, or "ADAMW"; BASE_LR, the decays and the clipping serve both.
     cfg.SOLVER.OPTIMIZER = OPTIMIZERS[0]
     # How many steps whose loss is not finite are passed over before training stops.
     cfg.SOLVER.SKIP_NONFINITE = 0
+    # Seconds that a process waits for a batch of its loader's workers; 0 waits for ever.
+    cfg.DATALOADER.TIMEOUT = LOADER_TIMEOUT
 
 
 def _default_options() -> CfgNode:
@@ -134,6 +137,18 @@ def skip_nonfinite(cfg: CfgNode) -> int:
     return count
 
 
+def loader_timeout(cfg: CfgNode) -> int:
+    """``cfg.DATALOADER.TIMEOUT`` in seconds, its default in a config that never heard of it.
+
+    Raises:
+        UserError: it is negative.
+    """
+    seconds = cfg.DATALOADER.get("TIMEOUT", LOADER_TIMEOUT)
+    if seconds < 0:
+        raise UserError(f"DATALOADER.TIMEOUT {seconds} must be a number of seconds, or 0 to wait for ever")
+    return seconds
+
+
 def get_config_file(name: str) -> str:
     """The path of a config that comes with sge_det.
 
@@ -190,6 +205,7 @@ def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> CfgNo
     sge_options(cfg)
     optimizer_name(cfg)
     skip_nonfinite(cfg)
+    loader_timeout(cfg)
     return cfg
 
 

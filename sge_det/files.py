@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import UserError
+from .errors import Resumable, UserError
 
 # What a report with its pictures, or a log's next lines, need.
 _LEAST_FREE_BYTES = 4 << 20
@@ -185,7 +185,8 @@ def remove_file(path: Path) -> None:
         if path.parent.is_dir():
             sync_folder(path.parent)
     except OSError as error:
-        raise UserError(f"{path} cannot be removed: {error.strerror or error}") from error
+        kind = Resumable if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS) else UserError
+        raise kind(f"{path} cannot be removed: {error.strerror or error}") from error
 
 
 def publish_folder(part: Path, folder: Path) -> None:
@@ -238,16 +239,18 @@ def _without_nan(content: Any) -> Any:
     return None if isinstance(content, float) and math.isnan(content) else content
 
 
-def cannot_write(path: Path, error: OSError) -> UserError:
+def cannot_write(path: str | Path, error: OSError) -> UserError:
     """The sentence for a file or folder that cannot be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return disk_full(path)
+    if error.errno in (errno.EIO, errno.EROFS):
+        return Resumable(f"{path} cannot be written: {error.strerror}; see to its disk")
     return UserError(f"{path} cannot be written: {error.strerror or error}")
 
 
-def disk_full(path: Path) -> UserError:
+def disk_full(path: str | Path) -> Resumable:
     """The sentence for a full disk."""
-    return UserError(f"the disk that holds {path} is full: free some space and run the same command again to go on")
+    return Resumable(f"the disk that holds {path} is full: free some space")
 
 
 def is_disk_full(folder: Path) -> bool:

@@ -7,13 +7,14 @@ Run the same command again to go on where it stopped, or start it several times 
 """
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from detectron2.engine import default_argument_parser
-
+from sge_det.engine.launching import TIMEOUT_SECONDS, check_launch
+from sge_det.engine.stopping import signals_handled
 from sge_det.engine.training import add_dataset_option
 from sge_det.errors import UserError, user_errors
 from sge_det.gain import Launch, Matrix, Measurement, Question, RunFailed, compare_results, measure_gain
@@ -99,10 +100,11 @@ def run(args: argparse.Namespace, overrides: list[str]) -> Measurement | None:
         return compare(args, overrides)
     if args.gt or args.arm_results or args.images:
         raise UserError("--gt, --arm-results and --images go with --compare")
-    dist_url = args.dist_url
-    if dist_url is None:
-        dist_url = "auto" if args.num_machines == 1 else default_argument_parser().get_default("dist_url")
-    launch = Launch(args.num_gpus, args.num_machines, args.machine_rank, dist_url, tuple(args.imports))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise UserError("measure_gain starts the processes of its runs itself: start it without torchrun")
+    args.timeout = TIMEOUT_SECONDS
+    check_launch(args, None)
+    launch = Launch(args.num_gpus, args.num_machines, args.machine_rank, args.dist_url or "auto", tuple(args.imports))
     matrix = Matrix(
         args.config_file,
         args.output,
@@ -152,7 +154,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(options)
     try:
-        measurement = run(args, overrides)
+        with signals_handled():
+            measurement = run(args, overrides)
     except RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -13,7 +13,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from torch import nn
 
-from ..errors import UserError
+from ..errors import Resumable, UserError
 from ..files import remove_file, replacing, write_file
 from ..layers.attention import is_sge_key
 from .checksums import Unreadable, checksums, first_not_finite, read_sidecar, sidecar, write_sidecar
@@ -145,8 +145,8 @@ class Checkpointer(DetectionCheckpointer):
             self.tag_last_checkpoint(path.name)
         except UserError as error:
             reason = getattr(error.__cause__, "strerror", None) or error
-            raise UserError(
-                f"the checkpoint {path} cannot be written, {reason}: make room and resume from the one before it"
+            raise Resumable(
+                f"the checkpoint {path} cannot be written, {reason}: make room, or see to the disk; {self.last_good()}"
             ) from error
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:

@@ -1,9 +1,11 @@
 """Loaders: a training order that depends on the seed alone, and errors that name the image."""
 
+import atexit
 import functools
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import signal
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,8 @@ from PIL import Image
 from ..errors import UserError
 from .datasets import check_masks
 from .images import image_fault
+
+_open_iterators: list[Iterator] = []
 
 
 def build_train_loader(cfg: CfgNode, seed: int) -> "ReplayableLoader":
@@ -67,6 +71,7 @@ def build_train_loader(cfg: CfgNode, seed: int) -> "ReplayableLoader":
         cfg.SOLVER.IMS_PER_BATCH // world,
         wide=wide,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
+        timeout=cfg.DATALOADER.get("TIMEOUT", 0),
     )
 
 
@@ -115,14 +120,25 @@ class ReplayableLoader:
         batch_size: examples in a batch of this process.
         wide: for each index, whether the image is wider than high; batches then hold images of one kind. None: mixed.
         num_workers: processes that load; 0 loads in this one.
+        timeout: seconds after which a batch that they do not give is an error; 0 waits for ever.
     """
 
-    def __init__(self, dataset, sampler, batch_size: int, *, wide: Sequence[bool] | None = None, num_workers: int = 0):
+    def __init__(
+        self,
+        dataset,
+        sampler,
+        batch_size: int,
+        *,
+        wide: Sequence[bool] | None = None,
+        num_workers: int = 0,
+        timeout: int = 0,
+    ):
         self.dataset = dataset
         self.sampler = sampler
         self.batch_size = batch_size
         self.wide = wide
         self.num_workers = num_workers
+        self.timeout = timeout
         self.start = 0
 
     def batches(self) -> Iterator[list[tuple[int, int]]]:
@@ -147,16 +163,48 @@ class ReplayableLoader:
             collate_fn=list,
             # else the loader's start would draw from the generator that the heads sample with
             generator=torch.Generator(),
+            timeout=self.timeout if self.num_workers else 0,
+            worker_init_fn=_leave_signals_to_parent,
         )
         yield from _with_plain_errors(loader)
 
 
-def _with_plain_errors(loader: Iterable[list[dict]]) -> Iterator[list[dict]]:
+def _leave_signals_to_parent(worker: int) -> None:
+    """A worker whose whole group is signalled goes on until the step ends; without its parent it ends by itself."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)
+
+
+def _with_plain_errors(loader: torch.utils.data.DataLoader) -> Iterator[list[dict]]:
+    iterator = iter(loader)
+    _open_iterators.append(iterator)
     try:
-        yield from loader
+        yield from iterator
     except UserError as error:
         # a worker's error arrives with its traceback as its text
         raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
+    finally:
+        if iterator in _open_iterators:
+            _open_iterators.remove(iterator)
+        _end_workers(iterator)
+
+
+def _end_workers(iterator: Iterator) -> None:
+    """Ends the workers, those too that are stopped, which this process would wait for at its own end."""
+    workers = getattr(iterator, "_workers", [])
+    if workers:
+        iterator._shutdown_workers()
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+            worker.join()
+
+
+@atexit.register
+def _end_all_workers() -> None:
+    """Before multiprocessing waits for workers that heed no SIGTERM; an error keeps loaders from their own end."""
+    while _open_iterators:
+        _end_workers(_open_iterators.pop())
 
 
 def build_test_loader(cfg: CfgNode, name: str, *, alone: bool = False) -> "EvaluationLoader":
@@ -167,7 +215,11 @@ def build_test_loader(cfg: CfgNode, name: str, *, alone: bool = False) -> "Evalu
     """
     mapper = functools.partial(map_image, DatasetMapper(cfg, is_train=False))
     sampler = {"sampler": range(len(DatasetCatalog.get(name)))} if alone else {}
-    return EvaluationLoader(build_detection_test_loader(cfg, name, mapper=mapper, **sampler))
+    loader = build_detection_test_loader(cfg, name, mapper=mapper, **sampler)
+    if loader.num_workers:
+        loader.timeout = cfg.DATALOADER.get("TIMEOUT", 0)
+        loader.worker_init_fn = _leave_signals_to_parent
+    return EvaluationLoader(loader)
 
 
 class EvaluationLoader:

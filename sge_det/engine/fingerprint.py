@@ -20,7 +20,7 @@ FINGERPRINT_FILE = "fingerprint.json"
 # They say where and how fast a run goes, not what comes out of it.
 _FREE_KEYS = (
     *("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD", "VIS_PERIOD"),
-    "MODEL.SGE.LOG_PERIOD",
+    *("MODEL.SGE.LOG_PERIOD", "DATALOADER.TIMEOUT"),
 )
 
 
@@ -72,9 +72,14 @@ def source_hash(module: str) -> str:
 
 
 class Contents:
-    """Content hashes of data sets and weights, each read once."""
+    """Content hashes of data sets and weights, each read once.
 
-    def __init__(self):
+    Args:
+        coco_only: data sets that are not files in COCO's format are refused; otherwise they go by their names alone.
+    """
+
+    def __init__(self, *, coco_only: bool = True):
+        self.coco_only = coco_only
         self.known: dict[str, str] = {}
 
     def of(self, cfg: CfgNode) -> dict[str, str]:
@@ -90,6 +95,8 @@ class Contents:
         if name not in self.known:
             metadata = MetadataCatalog.get(name)
             if metadata.get("json_file") is None or metadata.get("image_root") is None:
+                if not self.coco_only:
+                    return name
                 raise UserError(
                     f"the data set {name} is not in COCO's format on disk: the gain cannot be measured on it"
                 )

@@ -1,40 +1,71 @@
 """One way to set up, train and evaluate a config: the tools, the gain measurement and the tests all take it."""
 
 import argparse
+import contextlib
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, default_argument_parser, default_setup
-from detectron2.engine import launch as launch_processes
+from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, default_argument_parser
+from detectron2.engine.hooks import EvalHook, PeriodicWriter
 from detectron2.engine.train_loop import AMPTrainer, SimpleTrainer, TrainerBase
 from detectron2.evaluation import verify_results
 from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
+from detectron2.utils.env import seed_all_rng
 
 from ..checkpoint.checkpointer import Checkpointer, last_checkpoint
 from ..checkpoint.sources import Recipe
 from ..config import load_config, sge_options, skip_nonfinite
 from ..data.datasets import register_sample, use_datasets
 from ..data.loader import EvaluationLoader, ReplayableLoader, build_test_loader, build_train_loader
-from ..errors import UserError
+from ..errors import Stopped, UserError
 from ..evaluation.coco import build_evaluator
 from ..modeling.blocks import start_sge
 from ..modeling.gates import GateWriter, sge_layers
 from ..solver import build_optimizer
 from . import doctor
+from .faults import in_words
 from .guard import LossGuard
+from .launching import TIMEOUT_SECONDS
+from .logs import start_logs
+from .stopping import StopHook, waiting
 
 logger = logging.getLogger(__name__)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes the options that an advice adds to a command at its end too, behind the KEY VALUE pairs."""
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        parsed = super().parse_args(args, namespace)
+        for option in ("--resume", "--overwrite"):
+            if option in parsed.opts:
+                parsed.opts.remove(option)
+                setattr(parsed, option.strip("-"), True)
+        return parsed
+
+
 def argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
-    """Detectron2's ``default_argument_parser`` with ``--dataset``."""
-    parser = default_argument_parser(epilog)
+    """Detectron2's ``default_argument_parser`` with ``--dataset``, ``--overwrite`` and ``--timeout``."""
+    parser = _Parser(
+        parents=[default_argument_parser(epilog)],
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        conflict_handler="resolve",
+    )
+    parser.set_defaults(dist_url=None)
+    parser.add_argument("--overwrite", action="store_true", help="remove the run that OUTPUT_DIR holds, and start anew")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=TIMEOUT_SECONDS,
+        metavar="SECONDS",
+        help=f"how long a process waits for the others of its run (default {TIMEOUT_SECONDS})",
+    )
     add_dataset_option(
         parser, "register a COCO-format data set (repeatable); NUM_CLASSES, DATASETS.TRAIN and DATASETS.TEST follow"
     )
@@ -46,24 +77,6 @@ def add_dataset_option(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--dataset", nargs=3, action="append", default=[], metavar=("NAME", "JSON", "IMAGES"), help=what
     )
-
-
-def launch(function: Callable, args: argparse.Namespace) -> None:
-    """Runs ``function(args)`` in the processes that the launch arguments of ``args`` ask for.
-
-    Without GPUs, ``--num-gpus N`` starts N processes on the CPU, which talk through gloo.
-
-    Raises:
-        UserError: one of the processes raised it.
-    """
-    try:
-        launch_processes(function, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
-    except torch.multiprocessing.ProcessRaisedException as error:
-        # it carries the process's traceback as its text
-        text = str(error).strip().rsplit("UserError: ", 1)
-        if len(text) < 2:
-            raise
-        raise UserError(text[1]) from None
 
 
 def setup_config(
@@ -102,19 +115,16 @@ def setup_config(
 
 
 def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Freezes ``cfg`` and makes ``OUTPUT_DIR`` with its config and logs: Detectron2's ``default_setup``.
+    """Freezes ``cfg`` and makes ``OUTPUT_DIR`` with its config and logs, as Detectron2's ``default_setup`` does.
 
     Raises:
         UserError: the folder cannot be written.
     """
     cfg.freeze()
-    try:
-        default_setup(cfg, args)
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="sge_det")
-    except OSError as error:
-        raise UserError(
-            f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written ({error.strerror or error}): name another"
-        ) from error
+    start_logs(cfg, args)
+    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
+    if not args.eval_only:
+        torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
 
 
 def plain_twin(cfg: CfgNode) -> CfgNode:
@@ -177,6 +187,7 @@ class Trainer(DefaultTrainer):
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
+        self._is_stopped = False
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -192,6 +203,26 @@ class Trainer(DefaultTrainer):
         except FloatingPointError as error:
             self._guard.handle(error, self.iter, self.cfg.MODEL.DEVICE, self.checkpointer.last_good)
 
+    def after_step(self) -> None:
+        try:
+            super().after_step()
+        except Stopped:
+            self._is_stopped = True
+            # the last step's is written already
+            if self.iter + 1 < self.max_iter and comm.is_main_process():
+                self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
+            raise
+
+    def after_train(self) -> None:
+        if not self._is_stopped:
+            super().after_train()
+            return
+        # no evaluation, which stopping in the last step would begin
+        self.storage.iter = self.iter
+        for hook in self._hooks:
+            if isinstance(hook, PeriodicWriter):
+                hook.after_train()
+
     def state_dict(self) -> dict:
         return super().state_dict() | {"passed_over": self._guard.passed_over}
 
@@ -205,6 +236,8 @@ class Trainer(DefaultTrainer):
         if period > 0 and comm.is_main_process() and sge_layers(self.model):
             # before the evaluation, which would count as well, and before the writers, which come last
             hooks.insert(0, GateWriter(self.model, period))
+        evaluation = next(place for place, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+        hooks.insert(evaluation, StopHook())
         return hooks
 
     @classmethod
@@ -226,6 +259,12 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str):
         return build_evaluator(cfg, dataset_name)
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: torch.nn.Module, evaluators=None) -> OrderedDict:
+        # one process stops in the middle of an evaluation, several at its end, as they wait for each other in it
+        with waiting(False) if comm.get_world_size() == 1 else contextlib.nullcontext():
+            return super().test(cfg, model, evaluators)
 
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: torch.nn.Module) -> OrderedDict:
@@ -262,12 +301,8 @@ def train(cfg: CfgNode, *, resume: bool = False) -> OrderedDict:
         )
         _finish_last_checkpoint(trainer)
         return _test(cfg, trainer.model)
-    log = logging.getLogger("detectron2.engine.train_loop")
-    log.addFilter(_is_no_users_mistake)
-    try:
+    with _faults_in_words(cfg), waiting():
         trainer.train()
-    finally:
-        log.removeFilter(_is_no_users_mistake)
     results = getattr(trainer, "_last_eval_results", OrderedDict())
     if cfg.TEST.AUG.ENABLED:
         results.update(Trainer.test_with_TTA(cfg, trainer.model))
@@ -281,9 +316,24 @@ def _finish_last_checkpoint(trainer: Trainer) -> None:
         trainer.checkpointer.save("model_final", iteration=trainer.max_iter - 1)
 
 
-def _is_no_users_mistake(record: logging.LogRecord) -> bool:
-    """Keeps the traceback that Detectron2 logs of every error away from those that end as a sentence."""
-    return not (record.exc_info and isinstance(record.exc_info[1], UserError))
+@contextlib.contextmanager
+def _faults_in_words(cfg: CfgNode) -> Iterator[None]:
+    """What ends as a sentence ends as one, without the traceback that Detectron2 logs of every error."""
+
+    def has_no_sentence(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and in_words(record.exc_info[1], cfg.OUTPUT_DIR))
+
+    log = logging.getLogger("detectron2.engine.train_loop")
+    log.addFilter(has_no_sentence)
+    try:
+        yield
+    except Exception as error:
+        told = in_words(error, cfg.OUTPUT_DIR)
+        if told is None or told is error:
+            raise
+        raise told from error
+    finally:
+        log.removeFilter(has_no_sentence)
 
 
 def evaluate(cfg: CfgNode, *, resume: bool = False) -> OrderedDict:
@@ -295,7 +345,8 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> OrderedDict:
     Raises:
         UserError: there are no weights, or they do not fill the model.
     """
-    results = _test(cfg, load_model(cfg, resume=resume))
+    with _faults_in_words(cfg):
+        results = _test(cfg, load_model(cfg, resume=resume))
     if comm.is_main_process():
         verify_results(cfg, results)
     return results

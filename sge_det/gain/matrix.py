@@ -14,8 +14,9 @@ from tqdm import tqdm
 from ..config import find_config
 from ..engine.doctor import tell
 from ..engine.fingerprint import FINGERPRINT_FILE, Contents, fingerprint
+from ..engine.stopping import asked, waiting
 from ..engine.training import setup_config
-from ..errors import UserError
+from ..errors import Stopped, UserError
 from ..files import cannot_write, write_json
 from .arms import choose_arms, examine_arms
 from .processes import Launch, RunProcess
@@ -126,6 +127,7 @@ class Matrix:
         Raises:
             UserError: a run found a mistake of the user's.
             RunFailed: a run failed otherwise. The others that this worker has going end; they can be resumed.
+            Stopped: a signal asked for it, and the steps that were going on have ended with checkpoints.
         """
         if jobs < 1:
             raise UserError(f"--jobs must be at least 1, got {jobs}")
@@ -138,11 +140,14 @@ class Matrix:
         if not pending:
             return
         active: dict[int, RunProcess] = {}
-        waiting = False
+        told = False
         with contextlib.ExitStack() as stack:
             stack.callback(lambda: [process.stop() for process in active.values()])
             bar = stack.enter_context(_progress_bar(self.runs))
+            stack.enter_context(waiting())
             while pending or active:
+                if asked() is not None:
+                    self._end_early(active)
                 for slot, process in list(active.items()):
                     if process.ended():
                         del active[slot]
@@ -152,15 +157,25 @@ class Matrix:
                     if process is not None:
                         active[slot] = process
                         bar.write(f"started {process.run.name}, log in {process.run.log}")
-                if pending and not active and not waiting:
+                if pending and not active and not told:
                     bar.write(f"waiting for {', '.join(run.name for run in pending)}: another worker has them")
-                    waiting = True
+                    told = True
                 bar.set_postfix_str(", ".join(_state(process.run) for process in active.values()), refresh=False)
                 bar.update(sum(run.iterations_done for run in self.runs) - bar.n)
                 if sys.stderr.isatty():
                     bar.refresh()  # so that the clock runs
                 if pending or active:
                     time.sleep(_POLL_SECONDS)
+
+    def _end_early(self, active: dict[int, RunProcess]) -> None:
+        for process in active.values():
+            process.ask_to_stop()
+        while active:
+            for slot, process in list(active.items()):
+                if process.ended():
+                    del active[slot]
+            time.sleep(_POLL_SECONDS)
+        raise Stopped(asked())
 
     def _claim(self, pending: list[Run], slot: int, jobs: int) -> "RunProcess | None":
         """Starts the first pending run that no other worker has; takes those that are finished off the list."""

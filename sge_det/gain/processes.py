@@ -10,9 +10,13 @@ from dataclasses import dataclass
 import filelock
 import torch
 
-from ..errors import UserError
+from ..engine.stopping import asked
+from ..errors import Resumable, UserError, exit_code
 from ..files import cannot_write, disk_full, is_disk_full
 from .run import Run
+from .worker import RESUMABLE_EXIT
+
+_STOPPED = exit_code(signal.SIGTERM)
 
 
 class RunFailed(RuntimeError):
@@ -83,7 +87,7 @@ class RunProcess:
             raise cannot_write(run.log, error) from error
 
     def ended(self) -> bool:
-        """Whether the run has ended well; its lock is free then.
+        """Whether the run has ended, well or as it was asked to; its lock is free then.
 
         Raises:
             UserError, RunFailed: it has ended, but not well.
@@ -93,21 +97,30 @@ class RunProcess:
             return False
         self._release()
         is_finished = self.run.finished or self.lock is None
-        if code == 0 and is_finished:
+        if (code == 0 and is_finished) or (code == _STOPPED and asked() is not None):
             return True
+        if code == _STOPPED:
+            raise Resumable(f"{self.run.name} was stopped by a signal")
         with open(self.run.log, "rb") as log:
             log.seek(self.start_of_log)
             lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
         errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        if code == 2 and errors:
-            raise UserError(f"{self.run.name}: {errors[-1]}")
+        if code in (2, RESUMABLE_EXIT) and errors:
+            raise (UserError if code == 2 else Resumable)(f"{self.run.name}: {errors[-1]}")
         if is_disk_full(self.run.folder):
             raise disk_full(self.run.folder)
         what = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"failed (exit {code})"
         last = lines[-1].strip() if lines else "(empty)"
         raise RunFailed(f"{self.run.name} {what}; its log is {self.run.log}, which ends with: {last}")
 
+    def ask_to_stop(self) -> None:
+        """The run's step ends, and a checkpoint is written, before its process ends."""
+        with contextlib.suppress(OSError):
+            self.process.stdin.write(b"s")
+            self.process.stdin.flush()
+
     def stop(self) -> None:
+        """Ends the run at once."""
         if self.process.poll() is None:  # otherwise its number may be another process's by now
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -115,6 +128,7 @@ class RunProcess:
         self._release()
 
     def _release(self) -> None:
-        self.process.stdin.close()
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
         if self.lock is not None:
             self.lock.release()

@@ -7,6 +7,7 @@ import argparse
 import importlib
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -20,12 +21,15 @@ from ..analysis.pointing import pointing_game
 from ..checkpoint.checkpointer import Checkpointer
 from ..config import sge_options
 from ..data.loader import build_test_loader
-from ..engine.training import argument_parser, build_seeded_model, launch, setup_config, start_run, train
-from ..errors import UserError, user_errors
+from ..engine.launching import launch
+from ..engine.training import argument_parser, build_seeded_model, setup_config, start_run, train
+from ..errors import Resumable, UserError, user_errors
 from ..files import write_json
 from ..modeling.gates import gate_statistics
 from .run import RESULT_FILE
 
+# Of a run that goes on once something is put right; as in sysexits.h.
+RESUMABLE_EXIT = os.EX_TEMPFAIL
 # What a dead worker leaves running ends by itself in less than this many seconds.
 _ORPHAN_SECONDS = 60
 
@@ -75,12 +79,12 @@ def import_modules(names: list[str]) -> None:
             raise UserError(f"--import {name}: {error}") from error
 
 
-def _end_with_parent() -> None:
-    """Ends this process when the worker that started it is gone: its end of the pipe at stdin closes then."""
+def _heed_parent() -> None:
+    """Stops the run when the process that started it says so, and ends when that is gone: the pipe at stdin closes."""
 
     def wait() -> None:
         while os.read(sys.stdin.fileno(), 1):
-            pass
+            os.kill(os.getpid(), signal.SIGTERM)
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
@@ -92,15 +96,18 @@ def parser() -> argparse.ArgumentParser:
     return arguments
 
 
-@user_errors
+@user_errors(go_on="")
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    _end_with_parent()
+    _heed_parent()
     folder = Path(dict(zip(args.opts[::2], args.opts[1::2]))["OUTPUT_DIR"])
     name = ".run.lock" if args.machine_rank == 0 else f".run{args.machine_rank}.lock"
     try:
         with filelock.FileLock(folder / name, timeout=_ORPHAN_SECONDS):
-            launch(_train_and_record, args)
+            launch(_train_and_record, args, own_only=True, twice=False)
+    except Resumable as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(RESUMABLE_EXIT)
     except filelock.Timeout as error:
         raise UserError(f"{folder} is being trained by another process: wait for it, or end it") from error
 

@@ -1,0 +1,123 @@
+"""A folder belongs to one run: none is written over by accident, none goes on as another."""
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+
+from ..checkpoint.checkpointer import checkpoints
+from ..errors import UserError
+from ..files import make_folder, remove_file, write_json
+from .fingerprint import FINGERPRINT_FILE, Contents, differences, fingerprint
+
+logger = logging.getLogger(__name__)
+
+LOCK_FILE = ".run.lock"
+# How long a run goes, where, how it is watched and what it is tested with may change on the way.
+_CHANGEABLE_KEYS = ("SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.SKIP_NONFINITE", "MODEL.DEVICE")
+
+
+@contextlib.contextmanager
+def claimed(cfg: CfgNode, *, resume: bool = False, overwrite: bool = False) -> Iterator[None]:
+    """Holds ``OUTPUT_DIR`` for the run of ``cfg``, in all its processes at once.
+
+    Args:
+        resume: the run that is there goes on.
+        overwrite: the run that is there is removed.
+
+    Raises:
+        UserError: it holds a run, and neither is said; or the run that should go on was made from something else; or
+            another process is training there.
+    """
+    folder = Path(cfg.OUTPUT_DIR)
+    with contextlib.ExitStack() as stack:
+        if comm.is_main_process():
+            if resume and overwrite:
+                raise UserError("--resume goes on with a run and --overwrite removes it: give one of them")
+            make_folder(folder)
+            stack.enter_context(_locked(folder))
+            _prepare(cfg, folder, resume, overwrite)
+        comm.synchronize()
+        yield
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = filelock.FileLock(folder / LOCK_FILE)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout as error:
+        raise UserError(f"{folder} is being trained by another process: wait for it, or end it") from error
+    except (OSError, NotImplementedError) as error:
+        raise UserError(f"OUTPUT_DIR {folder} cannot be written ({error}): name another") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _prepare(cfg: CfgNode, folder: Path, resume: bool, overwrite: bool) -> None:
+    made_from = fingerprint(cfg, Contents(coco_only=False), comm.get_world_size())
+    found = folder_holds(folder)
+    if found and overwrite:
+        remove_run(folder)
+    elif found and resume:
+        _compare(folder, made_from)
+    elif found:
+        raise UserError(
+            f"{folder} holds a run ({found}): give the same command with --resume to go on with it or with "
+            "--overwrite to remove it, or name another OUTPUT_DIR"
+        )
+    elif resume:
+        logger.warning(f"--resume: {folder} has no checkpoint yet, the run starts at iteration 0")
+    if not found:
+        # what a run that was cut off before its first checkpoint logged
+        remove_file(folder / "metrics.json")
+    write_json(folder / FINGERPRINT_FILE, made_from)
+
+
+def folder_holds(folder: Path) -> str:
+    """The name of what shows that a folder holds a run; empty where there is none."""
+    found = checkpoints(folder)
+    return found[0].name if found else "last_checkpoint" if (folder / "last_checkpoint").exists() else ""
+
+
+def remove_run(folder: Path) -> None:
+    """Removes what a run would go on from; until the last of it is gone, it is refused or removed as before."""
+    remove_file(folder / "result.json")
+    for path in sorted(folder.glob("model_*.pth*"), key=lambda path: not path.name.endswith(".json")):
+        remove_file(path)
+    for name in ("last_checkpoint", "metrics.json", FINGERPRINT_FILE):
+        remove_file(folder / name)
+
+
+def _compare(folder: Path, made_from: dict) -> None:
+    path = folder / FINGERPRINT_FILE
+    try:
+        found = json.loads(path.read_bytes())
+        if not isinstance(found.get("config"), dict):
+            raise ValueError("it has no config")
+    except FileNotFoundError:
+        logger.warning(f"{folder} has no {FINGERPRINT_FILE}: whether this config is the run's cannot be told")
+        return
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): remove it to go on without this check") from error
+    counted = [{**made, "config": _fixed(made["config"])} for made in (found, made_from)]
+    here = {"version": counted[1]["version"], "processes": counted[1]["processes"]}
+    difference = next(differences(counted[0] | here, counted[1]), None)
+    if difference:
+        raise UserError(
+            f"{folder} holds a run made with {difference}: give it as it was to go on with --resume, or name another "
+            "OUTPUT_DIR"
+        )
+    for change in differences({**counted[1], **{key: found.get(key) for key in here}}, counted[1]):
+        logger.warning(f"the run goes on, but not to the bit as it would have: it was made with {change}")
+
+
+def _fixed(config: dict) -> dict:
+    return {key: value for key, value in config.items() if key not in _CHANGEABLE_KEYS and not key.startswith("TEST.")}
