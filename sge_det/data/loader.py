@@ -1,10 +1,12 @@
 """Loaders: a training order that depends on the seed alone, and errors that name the image."""
 
 import atexit
+import contextlib
 import functools
 import itertools
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -163,10 +165,9 @@ class ReplayableLoader:
             collate_fn=list,
             # else the loader's start would draw from the generator that the heads sample with
             generator=torch.Generator(),
-            timeout=self.timeout if self.num_workers else 0,
             worker_init_fn=_leave_signals_to_parent,
         )
-        yield from _with_plain_errors(loader)
+        yield from _with_plain_errors(loader, self.timeout)
 
 
 def _leave_signals_to_parent(worker: int) -> None:
@@ -175,11 +176,17 @@ def _leave_signals_to_parent(worker: int) -> None:
         signal.signal(signum, signal.SIG_IGN)
 
 
-def _with_plain_errors(loader: torch.utils.data.DataLoader) -> Iterator[list[dict]]:
+def _with_plain_errors(loader: torch.utils.data.DataLoader, timeout: float = 0) -> Iterator[list[dict]]:
     iterator = iter(loader)
     _open_iterators.append(iterator)
     try:
-        yield from iterator
+        while True:
+            with _limited(iterator, timeout):
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    return
+            yield batch
     except UserError as error:
         # a worker's error arrives with its traceback as its text
         raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
@@ -187,6 +194,36 @@ def _with_plain_errors(loader: torch.utils.data.DataLoader) -> Iterator[list[dic
         if iterator in _open_iterators:
             _open_iterators.remove(iterator)
         _end_workers(iterator)
+
+
+@contextlib.contextmanager
+def _limited(iterator: Iterator, seconds: float) -> Iterator[None]:
+    """Ends the workers where the block takes longer, which then raises.
+
+    The loader's own limit does not hold once a worker has announced a batch that it does not hand over.
+    """
+    workers = getattr(iterator, "_workers", [])
+    if not workers or not seconds:
+        yield
+        return
+    is_late = threading.Event()
+
+    def end() -> None:
+        is_late.set()
+        for worker in workers:
+            worker.kill()
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except (RuntimeError, OSError, EOFError) as error:
+        if is_late.is_set():
+            raise RuntimeError(f"DataLoader timed out after {seconds} seconds") from error
+        raise
+    finally:
+        timer.cancel()
 
 
 def _end_workers(iterator: Iterator) -> None:
@@ -217,22 +254,22 @@ def build_test_loader(cfg: CfgNode, name: str, *, alone: bool = False) -> "Evalu
     sampler = {"sampler": range(len(DatasetCatalog.get(name)))} if alone else {}
     loader = build_detection_test_loader(cfg, name, mapper=mapper, **sampler)
     if loader.num_workers:
-        loader.timeout = cfg.DATALOADER.get("TIMEOUT", 0)
         loader.worker_init_fn = _leave_signals_to_parent
-    return EvaluationLoader(loader)
+    return EvaluationLoader(loader, cfg.DATALOADER.get("TIMEOUT", 0))
 
 
 class EvaluationLoader:
-    """Batches of ``loader``; the errors of its workers are one sentence."""
+    """Batches of ``loader``, each within ``timeout`` seconds; the errors of its workers are one sentence."""
 
-    def __init__(self, loader: torch.utils.data.DataLoader):
+    def __init__(self, loader: torch.utils.data.DataLoader, timeout: float = 0):
         self.loader = loader
+        self.timeout = timeout
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[list[dict]]:
-        return _with_plain_errors(self.loader)
+        return _with_plain_errors(self.loader, self.timeout)
 
 
 class _Batches:

@@ -108,14 +108,14 @@ def _compare(folder: Path, made_from: dict) -> None:
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path} cannot be read ({error}): remove it to go on without this check") from error
     counted = [{**made, "config": _fixed(made["config"])} for made in (found, made_from)]
-    here = {"version": counted[1]["version"], "processes": counted[1]["processes"]}
+    here = {key: counted[1][key] for key in ("version", "source", "processes")}
     difference = next(differences(counted[0] | here, counted[1]), None)
     if difference:
         raise UserError(
             f"{folder} holds a run made with {difference}: give it as it was to go on with --resume, or name another "
             "OUTPUT_DIR"
         )
-    for change in differences({**counted[1], **{key: found.get(key) for key in here}}, counted[1]):
+    for change in differences(counted[1] | {key: found.get(key, {}) for key in here}, counted[1]):
         logger.warning(f"the run goes on, but not to the bit as it would have: it was made with {change}")
 
 

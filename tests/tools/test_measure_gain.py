@@ -1,8 +1,11 @@
 import json
 import math
+import signal
+import sys
 
 import pytest
-from conftest import TINY
+from conftest import ROOT, TINY
+from started_tool import MICRO, Started
 
 CONFIG = "sample/faster_rcnn_SGE_R_50_FPN.yaml"
 SCHEDULE = [
@@ -53,6 +56,23 @@ def test_arms_with_seeds_then_the_same_command_again(run_tool, call_tool, sample
     assert other.returncode == 2
     assert "holds a run made with SOLVER.BASE_LR" in other.stderr.strip().splitlines()[-1]
     assert {path: path.stat().st_mtime_ns for path in written} == written
+
+
+@pytest.mark.parametrize(("signum", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_ends_the_steps_of_all_runs(sample_datasets, tmp_path, signum, code):
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tools/measure_gain.py"), "--config-file", CONFIG]
+    command += ["--output", str(tmp_path / "out"), "--jobs", "2", *datasets(sample_datasets), *TINY, *MICRO]
+    command += ["SOLVER.MAX_ITER", "100000"]
+    tool = Started(command, tmp_path / "printed.txt")
+    logs = [tmp_path / f"out/{arm}/seed0/log.txt" for arm in ("plain", "sge")]
+    try:
+        tool.wait_until(lambda: all(log.is_file() and "Starting training" in log.read_text() for log in logs))
+        tool.process.send_signal(getattr(signal, signum))
+        assert tool.end() == (code, "interrupted: run the same command again to go on")
+    finally:
+        tool.kill()
+    for log in logs:
+        assert (log.parent / "last_checkpoint").read_text().startswith("model_00")
 
 
 @pytest.fixture

@@ -1,0 +1,144 @@
+"""A folder belongs to one run: what may go on in it, and what is refused."""
+
+import json
+import logging
+
+import pytest
+from conftest import TINY
+
+from sge_det.engine.claims import claimed
+from sge_det.engine.training import setup_config
+from sge_det.errors import UserError
+
+FASTER = "sample/faster_rcnn_SGE_R_50_FPN.yaml"
+
+
+@pytest.fixture
+def config(tmp_path, sample_datasets):
+    def make(*overrides):
+        return setup_config(FASTER, [*TINY, "OUTPUT_DIR", str(tmp_path / "run"), *overrides], sample_datasets)
+
+    return make
+
+
+@pytest.fixture
+def run(tmp_path, config):
+    """A folder with what a run leaves."""
+    with claimed(config()):
+        pass
+    folder = tmp_path / "run"
+    for name in ("model_0000004.pth", "model_0000004.pth.sha256.json", "metrics.json", "log.txt"):
+        (folder / name).write_text(name)
+    (folder / "last_checkpoint").write_text("model_0000004.pth")
+    return folder
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_run_is_not_written_over_by_accident(config, run):
+    before = contents(run)
+    with (
+        pytest.raises(UserError, match=r"holds a run \(model_0000004\.pth\).*--resume.*--overwrite"),
+        claimed(config()),
+    ):
+        pass
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("tag", [None, "", "model_0000009.pth"])
+def test_a_run_without_a_good_tag_is_a_run_too(config, run, tag):
+    (run / "last_checkpoint").unlink()
+    if tag is not None:
+        (run / "last_checkpoint").write_text(tag)
+    with pytest.raises(UserError, match="holds a run"), claimed(config()):
+        pass
+
+
+def test_overwrite_removes_what_a_run_would_go_on_from_and_no_more(config, run):
+    (run / "notes.txt").write_text("mine")
+    with claimed(config("SEED", "9"), overwrite=True):
+        assert set(contents(run)) == {"notes.txt", "log.txt", "fingerprint.json", ".run.lock"}
+    assert json.loads((run / "fingerprint.json").read_text())["config"]["SEED"] == "9"
+
+
+def test_resume_and_overwrite_exclude_each_other(config, run):
+    with pytest.raises(UserError, match="give one of them"), claimed(config(), resume=True, overwrite=True):
+        pass
+
+
+CHANGED = {
+    "SOLVER.MAX_ITER": "77",
+    "SOLVER.STEPS": "(5,)",
+    "SOLVER.CHECKPOINT_PERIOD": "3",
+    "TEST.EVAL_PERIOD": "3",
+    "DATALOADER.NUM_WORKERS": "3",
+    "DATALOADER.TIMEOUT": "3",
+    "TEST.DETECTIONS_PER_IMAGE": "7",
+}
+
+
+@pytest.mark.parametrize("key", CHANGED)
+def test_what_may_change_on_resume(config, run, key):
+    with claimed(config(key, CHANGED[key]), resume=True):
+        pass
+
+
+FIXED = {
+    "SEED": ("0", "5"),
+    "SOLVER.BASE_LR": ("0.02", "0.5"),
+    "SOLVER.OPTIMIZER": ("'ADAMW'", "'SGD'"),
+    "SOLVER.IMS_PER_BATCH": ("2", "4"),
+    "MODEL.SGE.GROUPS": ("64", "32"),
+    "MODEL.FPN.OUT_CHANNELS": ("256", "128"),
+}
+
+
+@pytest.mark.parametrize("key", FIXED)
+def test_what_may_not_change_on_resume_is_named_with_both_values(config, run, key):
+    before = contents(run)
+    new = FIXED[key][1]
+    with (
+        pytest.raises(UserError, match=f"made with {key} .*, this command has {new}"),
+        claimed(config(key, new.strip("'")), resume=True),
+    ):
+        pass
+    assert contents(run) == before
+
+
+def test_another_data_set_is_refused(config, run):
+    path = run / "fingerprint.json"
+    made = json.loads(path.read_text())
+    made["content"]["tiny_train"] = "0" * 64
+    path.write_text(json.dumps(made))
+    with pytest.raises(UserError, match="another content of tiny_train"), claimed(config(), resume=True):
+        pass
+
+
+def test_another_version_is_said_and_goes_on(config, run, caplog):
+    path = run / "fingerprint.json"
+    made = json.loads(path.read_text())
+    made["version"]["torch"] = "1.0"
+    path.write_text(json.dumps(made))
+    with caplog.at_level(logging.WARNING), claimed(config(), resume=True):
+        pass
+    assert "torch 1.0" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"config": 3}'])
+def test_a_damaged_fingerprint_is_told(config, run, text):
+    (run / "fingerprint.json").write_text(text)
+    with pytest.raises(UserError, match=r"fingerprint\.json cannot be read"), claimed(config(), resume=True):
+        pass
+
+
+def test_resume_without_a_checkpoint_is_no_silent_start(config, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING), claimed(config(), resume=True):
+        pass
+    assert "no checkpoint yet, the run starts at iteration 0" in caplog.text
+
+
+def test_two_at_once_in_a_folder_are_refused(config):
+    with claimed(config()), pytest.raises(UserError, match="is being trained by another process"), claimed(config()):
+        pass
