@@ -87,6 +87,7 @@ def test_a_lost_process_is_told(start, signum, words):
 )
 def test_a_lost_worker_is_told(start, signum, words):
     run = start("run", 100000, "DATALOADER.NUM_WORKERS", "1", "DATALOADER.TIMEOUT", "2").wait_for("Starting training")
+    run.wait_until(run.children)
     (worker,) = run.children()
     os.kill(worker, getattr(signal, signum))
     code, line = run.end()
