@@ -36,9 +36,10 @@ test: install  ## run the tests
 test-latest:  ## run the tests on the newest releases of everything that is not pinned, in .venv-latest
 	$(MAKE) test VENV=.venv-latest RELEASES=latest
 
-fuzz: install  ## read thousands of damaged and hostile files of weights and annotations
+fuzz: install  ## read thousands of damaged and hostile files of weights and annotations, and odd configs
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -W ignore tests/torture/fuzz_weights.py --mutated 2000 --crafted 500 --odd 500
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -W ignore tests/torture/fuzz_annotations.py --cases 2000
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -W ignore tests/torture/fuzz_configs.py --cases 1000
 
 lint: install  ## check style and formatting
 	$(VENV)/bin/python -m ruff check .

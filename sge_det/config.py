@@ -1,11 +1,17 @@
 """The ``MODEL.SGE`` keys, and the configs that travel with the package."""
 
 import difflib
+import os
+import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import detectron2
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.config.compat import downgrade_config, guess_version, upgrade_config
 
 from .errors import UserError
 from .layers.attention import ATTENTIONS, SGE
@@ -15,8 +21,15 @@ STAGES = ("res2", "res3", "res4", "res5")
 LOADER_TIMEOUT = 600
 OPTIMIZERS = ("SGD", "ADAMW")
 
+# A config is a page of text: what is longer, deeper or grows beyond this is none.
+_LONGEST, _MOST_NODES = 1 << 20, 100_000
+_MOST_BASES = 50
+_BASE = "_BASE_"
+
 # In a wheel the configs lie in the package, in a checkout beside it.
 _CONFIG_DIRS = [folder / "configs" for folder in (Path(__file__).parent, Path(__file__).parent.parent)]
+# Detectron2's own configs, which are as trusted as its code.
+_ZOO = Path(detectron2.__file__).resolve().parent / "model_zoo" / "configs"
 
 
 def add_sge_config(cfg: CfgNode) -> None:
@@ -88,17 +101,17 @@ def sge_options(cfg: CfgNode) -> SGEOptions:
     options = {**_default_options(), **(cfg.MODEL.get("SGE", None) or {})}
     for stage in options["STAGES"]:
         if stage not in STAGES:
-            raise UserError(f"MODEL.SGE.STAGES names {stage!r}: the stages of a ResNet are {', '.join(STAGES)}")
+            raise UserError(f"MODEL.SGE.STAGES names {stage!r:.100}: the stages of a ResNet are {', '.join(STAGES)}")
     if options["ATTENTION"] not in ATTENTIONS:
-        raise UserError(f"MODEL.SGE.ATTENTION {options['ATTENTION']!r} is not one of {', '.join(ATTENTIONS)}")
+        raise UserError(f"MODEL.SGE.ATTENTION {options['ATTENTION']!r:.100} is not one of {', '.join(ATTENTIONS)}")
     if options["KERNEL"] not in KERNELS:
-        raise UserError(f"MODEL.SGE.KERNEL {options['KERNEL']!r} is not one of {', '.join(KERNELS)}")
+        raise UserError(f"MODEL.SGE.KERNEL {options['KERNEL']!r:.100} is not one of {', '.join(KERNELS)}")
     init = options["INIT"]
     if len(init) != 2 or not all(isinstance(value, int | float) for value in init):
-        raise UserError(f"MODEL.SGE.INIT must be two numbers, weight and bias; got {init}")
+        raise UserError(f"MODEL.SGE.INIT must be two numbers, weight and bias; got {init!r:.100}")
     decay = options["WEIGHT_DECAY"]
     if decay is not None and not (isinstance(decay, int | float) and decay >= 0):
-        raise UserError(f"MODEL.SGE.WEIGHT_DECAY must be a number of at least 0, or None; got {decay!r}")
+        raise UserError(f"MODEL.SGE.WEIGHT_DECAY must be a number of at least 0, or None; got {decay!r:.100}")
     return SGEOptions(
         enabled=options["ENABLED"],
         groups=options["GROUPS"],
@@ -121,7 +134,7 @@ def optimizer_name(cfg: CfgNode) -> str:
     """
     name = cfg.SOLVER.get("OPTIMIZER", OPTIMIZERS[0])
     if name not in OPTIMIZERS:
-        raise UserError(f"SOLVER.OPTIMIZER {name!r} is not one of {', '.join(OPTIMIZERS)}")
+        raise UserError(f"SOLVER.OPTIMIZER {name!r:.100} is not one of {', '.join(OPTIMIZERS)}")
     return name
 
 
@@ -150,7 +163,7 @@ def loader_timeout(cfg: CfgNode) -> int:
 
 
 def get_config_file(name: str) -> str:
-    """The path of a config that comes with sge_det.
+    """The path of a config that comes with sge_det, or with Detectron2's model zoo.
 
     Args:
         name: relative to ``configs/``, for instance "COCO-Detection/faster_rcnn_SGE_R_50_FPN_2x.yaml".
@@ -158,10 +171,10 @@ def get_config_file(name: str) -> str:
     Raises:
         UserError: there is no such config; names the nearest ones.
     """
-    for folder in _CONFIG_DIRS:
+    for folder in (*_CONFIG_DIRS, _ZOO):
         if (folder / name).is_file():
             return str(folder / name)
-    known = sorted({str(path.relative_to(d)) for d in _CONFIG_DIRS for path in d.rglob("*.yaml")})
+    known = sorted({str(path.relative_to(d)) for d in (*_CONFIG_DIRS, _ZOO) for path in d.rglob("*.yaml")})
     raise UserError(f"sge_det has no config {name!r}{_nearest(name, known)}")
 
 
@@ -193,11 +206,15 @@ def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> CfgNo
     cfg = get_cfg()
     add_sge_config(cfg)
     try:
-        # allow_unsafe would run what a !!python tag says
-        cfg.merge_from_file(path, allow_unsafe=False)
+        _merge(cfg, CfgNode(_with_bases(path, ())), path)
     except yaml.constructor.ConstructorError as error:
-        raise UserError(f"{path} has a YAML tag that would run code; write the value out: {error.problem}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"{path} has a YAML tag that would run code, which only files inside the detectron2 package may do; write "
+            f"the value out: {error.problem}"
+        ) from error
+    except UserError:
+        raise
+    except (yaml.YAMLError, AttributeError, TypeError) as error:
         raise UserError(f"{path} is not a config in YAML: {error}") from error
     except (KeyError, ValueError, AssertionError, OSError) as error:
         raise UserError(f"{path}: {_config_error(cfg, error)}") from error
@@ -209,6 +226,116 @@ def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> CfgNo
     return cfg
 
 
+def _merge(cfg: CfgNode, loaded: CfgNode, path: str) -> None:
+    """Detectron2's ``merge_from_file`` for what is read already; configs of its old versions are upgraded."""
+    try:
+        version = loaded.get("VERSION", None) or guess_version(loaded, path)
+    except TypeError:  # a value where keys should be, of which the merge tells
+        version = cfg.VERSION
+    if version == cfg.VERSION:
+        cfg.merge_from_other_cfg(loaded)
+        return
+    if version not in range(1, cfg.VERSION):
+        raise UserError(f"{path} is of config VERSION {version!r}, Detectron2's is {cfg.VERSION}")
+    old = downgrade_config(cfg, to_version=version)
+    old.merge_from_other_cfg(loaded)
+    upgraded = upgrade_config(old)
+    cfg.clear()
+    cfg.update(upgraded)
+
+
+def _with_bases(path: str, above: tuple[str, ...]) -> dict:
+    """What a config file holds, over what the files in its ``_BASE_`` hold."""
+    real = os.path.realpath(path)
+    if real in above:
+        raise UserError(f"{path} is its own {_BASE}, by way of {' and '.join(above)}: take one of them out")
+    if len(above) > _MOST_BASES:
+        raise UserError(f"{path} stands on more than {_MOST_BASES} configs, each the {_BASE} of the one before")
+    root = compose_config(path)
+    # A tag may run code, which is in order for files that come with the code that is run anyway.
+    loader = yaml.UnsafeLoader if _ZOO in Path(real).parents else yaml.SafeLoader
+    own = loader("")
+    try:
+        content = own.construct_document(root) if root is not None else {}
+    finally:
+        own.dispose()
+    if not isinstance(content, dict):
+        raise TypeError("it holds no keys with values")
+    bases = content.pop(_BASE, [])
+    merged: dict = {}
+    for base in bases if isinstance(bases, list) else [bases]:
+        below = _base_path(path, base)
+        if not os.path.exists(below):
+            raise UserError(f"{path}: its {_BASE} {below} does not exist")
+        _overlay(merged, _with_bases(below, (*above, real)))
+    _overlay(merged, content)
+    return merged
+
+
+def _base_path(path: str, base: Any) -> str:
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{path}: {_BASE} is {base!r}, it must be the path of a config")
+    if "://" in base:
+        raise UserError(f"{path}: {_BASE} {base} lies on another machine: copy it here, and name the copy")
+    return os.path.join(os.path.dirname(path), os.path.expanduser(base))
+
+
+def _overlay(below: dict, above: dict) -> None:
+    for key, value in above.items():
+        if isinstance(value, dict) and key in below:
+            if not isinstance(below[key], dict):
+                raise ValueError(f"{key} holds keys, but in {_BASE} it holds a value")
+            _overlay(below[key], value)
+        else:
+            below[key] = value
+
+
+def compose_config(path: str) -> yaml.Node | None:
+    """The YAML of a config file as nodes, from which nothing is built yet; None where it is empty.
+
+    Raises:
+        UserError: it cannot be read, is no YAML, or would grow beyond all measure (aliases, depth, length).
+    """
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path} is a folder or a device, no config")
+        if status.st_size > _LONGEST:
+            raise UserError(f"{path} has {status.st_size} bytes: it is no config")
+        with open(path, encoding="utf-8") as file:
+            root = yaml.compose(file, yaml.SafeLoader)
+        _grown(root, {}) if root is not None else None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a config in YAML: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is not a config in YAML: it is nested too deeply") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not a config in YAML: {error}") from error
+    return root
+
+
+def _grown(node: yaml.Node, known: dict[int, int | None]) -> int:
+    """The number of nodes below ``node`` with aliases written out."""
+    if id(node) in known:
+        count = known[id(node)]
+        if count is None:
+            raise ValueError(f"an alias in line {node.start_mark.line + 1} stands for what it stands in")
+        return count
+    known[id(node)] = None
+    parts: list[yaml.Node] = []
+    if isinstance(node, yaml.SequenceNode):
+        parts = node.value
+    elif isinstance(node, yaml.MappingNode):
+        parts = [part for pair in node.value for part in pair]
+    count = 1 + sum(_grown(part, known) for part in parts)
+    if count > _MOST_NODES:
+        raise ValueError(f"its aliases stand for more than {_MOST_NODES} entries")
+    known[id(node)] = count
+    return count
+
+
 def merge_overrides(cfg: CfgNode, overrides: list[str] | tuple[str, ...]) -> None:
     """Merges KEY VALUE pairs into ``cfg``.
 
@@ -218,10 +345,19 @@ def merge_overrides(cfg: CfgNode, overrides: list[str] | tuple[str, ...]) -> Non
     if len(overrides) % 2:
         raise UserError(f"overrides come as KEY VALUE pairs, but {overrides[-1]!r} has no value")
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
+        if _holds_keys(cfg, key):
+            raise UserError(f"{key} {value}: {key} holds keys and has no value of its own, set one of them")
         try:
             cfg.merge_from_list([key, value])
-        except (KeyError, ValueError, AssertionError, AttributeError) as error:
+        except (KeyError, ValueError, AssertionError, AttributeError, TypeError, RecursionError, MemoryError) as error:
             raise UserError(f"{key} {value}: {_config_error(cfg, error, key)}") from error
+
+
+def _holds_keys(cfg: CfgNode, key: str) -> bool:
+    node: Any = cfg
+    for name in key.split("."):
+        node = node.get(name) if isinstance(node, CfgNode) else None
+    return isinstance(node, CfgNode)
 
 
 def _config_error(cfg: CfgNode, error: Exception, key: str = "") -> str:
@@ -231,7 +367,11 @@ def _config_error(cfg: CfgNode, error: Exception, key: str = "") -> str:
     if "Non-existent" in message:
         key = key or message.rsplit(" ", 1)[-1]
         return f"there is no config key {key}{_nearest(key, _keys(cfg))}"
-    return message
+    if found := re.search(r"values \((.*) vs\. (.*)\) for config key: (\S+)", message, re.DOTALL):
+        if "\n" in found[1]:
+            return f"{found[3]} holds keys and has no value of its own, and {found[2][:80]} stands there"
+        return f"{found[3]} must be a value like {found[1]}, not {found[2][:80]}"
+    return message or type(error).__name__
 
 
 def _keys(cfg: CfgNode, prefix: str = "") -> list[str]:

@@ -1,8 +1,11 @@
-"""The one way in which a user's mistake, or a stop, is told: a sentence and an exit code."""
+"""How a user's mistake, a stop, or a fault is told: a sentence and an exit code."""
 
 import functools
+import logging
 import signal
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable
 
 GO_ON = "run the same command again to go on"
@@ -36,6 +39,7 @@ def exit_code(signum: int) -> int:
 def user_errors(main: Callable | None = None, *, go_on: str = GO_ON) -> Callable:
     """Makes a tool's ``main`` print a :class:`UserError` as one line on stderr and exit with code 2.
 
+    Any other error is a fault of ours or of the environment: a line that names it and where its traceback is, code 1.
     Ctrl-C ends with the shell's usual 130 and no traceback: long runs are meant to be interrupted and resumed.
 
     Args:
@@ -55,5 +59,36 @@ def user_errors(main: Callable | None = None, *, go_on: str = GO_ON) -> Callable
         except (KeyboardInterrupt, Stopped) as stop:
             print(f"interrupted: {go_on}" if go_on else "interrupted", file=sys.stderr)
             sys.exit(getattr(stop, "exit_code", 130))
+        except Exception as error:
+            print(f"error: {_fault(error)}", file=sys.stderr)
+            sys.exit(1)
 
     return wrapper
+
+
+def _fault(error: Exception) -> str:
+    # an error of another process brings its traceback as its text, whose last line is the error
+    lines = str(error).strip().splitlines()
+    text = " ".join(lines[-1].split())[:500] if lines else "it says no more"
+    place = _log_traceback(error)
+    return (
+        f"a fault of sge_det or of the environment, not of what you gave: {type(error).__name__}: {text}; "
+        f"{f'the traceback is in {place}' if place else 'the traceback could not be written anywhere'}"
+    )
+
+
+def _log_traceback(error: Exception) -> str | None:
+    """Writes the traceback to the run's log, or to a file of its own where there is none; returns the file's name."""
+    for handler in logging.getLogger("sge_det").handlers:
+        name = getattr(getattr(handler, "stream", None), "name", None)
+        if isinstance(name, str) and not name.startswith("<"):
+            kind = (type(error), error, error.__traceback__)
+            handler.handle(logging.LogRecord("sge_det", logging.ERROR, __file__, 0, "a fault", (), kind))
+            handler.flush()
+            return name
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="sge_det_", suffix=".log", delete=False) as file:
+            traceback.print_exception(error, file=file)
+            return file.name
+    except OSError:
+        return None

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,107 @@ def test_nothing_in_a_config_is_executed(tmp_path):
     with pytest.raises(sge_det.UserError):
         load_config(str(path))
     assert not marker.exists()
+
+
+# The model zoo of Detectron2
+
+
+@pytest.mark.parametrize(
+    "name", ["COCO-Detection/retinanet_R_50_FPN_1x.yaml", "COCO-Detection/faster_rcnn_R_50_C4_1x.yaml"]
+)
+def test_the_model_zoos_configs_by_name_and_by_path(name):
+    from detectron2 import model_zoo
+
+    expected = model_zoo.get_config(name)
+    for own in (sge_det.get_config(name), load_config(model_zoo.get_config_file(name))):
+        for key in ("SGE",):
+            own.MODEL.pop(key)
+        for key in ("OPTIMIZER", "SKIP_NONFINITE"):
+            own.SOLVER.pop(key)
+        own.MODEL.WEIGHTS = expected.MODEL.WEIGHTS
+        assert own == expected
+
+
+def test_a_config_of_ones_own_may_stand_on_the_zoos(tmp_path):
+    from detectron2 import model_zoo
+
+    zoo = model_zoo.get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+    (tmp_path / "mine.yaml").write_text(f"_BASE_: {zoo}\nSEED: 5\n")
+    cfg = load_config(str(tmp_path / "mine.yaml"))
+    assert cfg.SEED == 5
+    assert cfg.MODEL.ANCHOR_GENERATOR.SIZES[0] == pytest.approx([32, 32 * 2 ** (1 / 3), 32 * 2 ** (2 / 3)])
+
+
+def test_a_copy_of_the_zoos_tag_is_refused_elsewhere(tmp_path):
+    from detectron2 import model_zoo
+
+    base = Path(model_zoo.get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml")).parent.parent
+    (tmp_path / "copy.yaml").write_text((base / "Base-RetinaNet.yaml").read_text())
+    with pytest.raises(sge_det.UserError, match="only files inside the detectron2 package may"):
+        load_config(str(tmp_path / "copy.yaml"))
+
+
+# Files that are no configs
+
+
+def alias_bomb():
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("_BASE_: mine.yaml\n", "is its own _BASE_"),
+        ("_BASE_: ./link.yaml\n", "is its own _BASE_"),
+        ("_BASE_: http://127.0.0.1:9/base.yaml\n", "lies on another machine"),
+        ("_BASE_: s3://bucket/base.yaml\n", "lies on another machine"),
+        ("_BASE_: 5\n", "must be the path of a config"),
+        ("_BASE_: [[a.yaml]]\n", "must be the path of a config"),
+        ("MODEL: &a\n  SGE: *a\n", "stands for what it stands in"),
+        ("MODEL: &a [*a]\n", "stands for what it stands in"),
+        (alias_bomb(), "aliases stand for more than"),
+        ("A: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("1: 2\n", "mine.yaml"),
+        ("VERSION: 7\n", "VERSION 7"),
+        ("MODEL: 5\n", "MODEL holds keys"),
+        (
+            "MODEL:\n  SGE:\n    GROUPS: [8, 16, 32, 64]\n",
+            "MODEL.SGE.GROUPS must be a value like 64, not [8, 16, 32, 64]",
+        ),
+    ],
+)
+def test_files_that_lead_nowhere(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    (tmp_path / "link.yaml").symlink_to(path)
+    with pytest.raises(sge_det.UserError) as raised:
+        load_config(str(path))
+    assert message in str(raised.value)
+    assert len(str(raised.value)) < 1000
+    # the doctor looks at these files itself, for keys that stand there twice
+    from sge_det.engine.doctor import diagnose
+
+    assert [finding.severity for finding in diagnose(str(path))] == ["error"]
+
+
+def test_files_that_never_end(tmp_path):
+    fifo, long = tmp_path / "fifo.yaml", tmp_path / "long.yaml"
+    os.mkfifo(fifo)
+    long.write_bytes(b"#" * (2 << 20))
+    for path, message in ((fifo, "folder or a device"), ("/dev/zero", "folder or a device"), (long, "it is no config")):
+        base = tmp_path / "base.yaml"
+        base.write_text(f"_BASE_: {path}\n")
+        with pytest.raises(sge_det.UserError, match=message):
+            load_config(str(base))
+        with pytest.raises(sge_det.UserError):
+            load_config(str(path))
+
+
+@pytest.mark.parametrize(
+    "override", [("MODEL", "{}"), ("SOLVER.AMP", "None"), ("SEED", "(" * 3000), ("MODEL.FPN.X.Y", "1")]
+)
+def test_overrides_that_would_break_the_config(override):
+    with pytest.raises(sge_det.UserError, match=override[0].split(".")[0]):
+        sge_det.get_config("sample/faster_rcnn_SGE_R_50_FPN.yaml", override)

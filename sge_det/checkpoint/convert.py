@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UserError
 from ..layers.attention import is_sge_key
@@ -48,18 +48,23 @@ class Coverage:
         return [*self.misshapen, *self.missing]
 
 
+def build_meta_model(cfg: CfgNode) -> nn.Module:
+    """The model of ``cfg`` on the meta device: names and shapes, no memory."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        return build_model(cfg)
+
+
 def model_shapes(cfg: CfgNode) -> dict[str, tuple[int, ...]]:
     """The names and shapes of the tensors that a checkpoint of the model of ``cfg`` must have; allocates no memory.
 
     Raises:
         UserError: the config does not describe a model that can be built.
     """
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "meta"
     try:
-        with torch.device("meta"):
-            model = build_model(cfg)
+        model = build_meta_model(cfg)
     except (AssertionError, KeyError) as error:
         raise UserError(f"Detectron2 cannot build the model of this config: {error}") from error
     return {

@@ -93,9 +93,11 @@ class LossGuard:
                 f"{self.limit} times that SOLVER.SKIP_NONFINITE allows"
             )
             return
+        # nothing has been learned at the first step
+        slower = "lower SOLVER.BASE_LR, " if iteration > 0 else ""
         before = f" after {self.passed_over} that were passed over" if self.passed_over else ""
         raise UserError(
             f"the loss is no longer finite at iteration {iteration}{before} ({' '.join(str(error).split())}): look at "
-            f"these images' annotations, lower SOLVER.BASE_LR, or pass over such steps with SOLVER.SKIP_NONFINITE; "
+            f"these images' annotations, {slower}or pass over such steps with SOLVER.SKIP_NONFINITE; "
             f"{last()}"
         ) from error

@@ -107,10 +107,10 @@ def setup_config(
     cfg = load_config(config_file, overrides)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
-    doctor.tell(doctor.examine_settings(cfg, config_file, eval_only=eval_only))
+    doctor.tell(doctor.examine_settings(cfg, config_file, eval_only=eval_only, own_data=bool(datasets)))
     use_datasets(cfg, datasets, overrides, eval_only=eval_only)
     if comm.is_main_process():
-        doctor.tell(doctor.examine_files(cfg, eval_only=eval_only))
+        doctor.tell(doctor.examine_files(cfg, overrides, eval_only=eval_only))
     return cfg
 
 

@@ -11,10 +11,12 @@ from detectron2.data import DatasetCatalog
 from ...config import load_config, sge_options
 from ...data.datasets import register_sample, use_datasets
 from ...errors import UserError
+from .build import examine_build
 from .data import examine_dataset
 from .finding import Finding, finding_of, tell
 from .run import examine_run
 from .settings import duplicate_keys, examine_settings, missing_weights, unregistered, wrong_groups
+from .values import unusable_values
 from .weights import examine_weights
 
 __all__ = ["Finding", "diagnose", "examine_files", "examine_run", "examine_settings", "tell"]
@@ -43,24 +45,35 @@ def diagnose(
         cfg = load_config(config_file, overrides)
     except UserError as error:
         return [*duplicate_keys(config_file), finding_of(error, "--config-file")]
-    findings = examine_settings(cfg, config_file, eval_only=eval_only)
+    findings = examine_settings(cfg, config_file, eval_only=eval_only, own_data=bool(datasets))
     try:
         use_datasets(cfg, datasets, overrides, eval_only=eval_only)
     except UserError as error:
         findings.append(finding_of(error, "DATASETS"))
-    findings += examine_files(cfg, eval_only=eval_only, every_image=every_image)
+    findings += examine_files(cfg, overrides, eval_only=eval_only, every_image=every_image)
     if not eval_only:
         findings += examine_run(cfg, processes=processes, resume=resume)
     unique = list(dict.fromkeys(findings))
     return sorted(unique, key=lambda finding: finding.severity)
 
 
-def examine_files(cfg: CfgNode, *, eval_only: bool = False, every_image: bool = False) -> list[Finding]:
-    """What is wrong with the weights and the data sets of ``cfg``, or with it in their light."""
+def examine_files(
+    cfg: CfgNode, overrides: Sequence[str] = (), *, eval_only: bool = False, every_image: bool = False
+) -> list[Finding]:
+    """What is wrong with the weights and the data sets of ``cfg``, or with it in their light, and what it cannot build.
+
+    Args:
+        cfg: the config.
+        overrides: KEY VALUE KEY VALUE ..., whose keys are suspected first where something cannot be built.
+        eval_only, every_image: as in :func:`diagnose`.
+    """
+    if unusable_values(cfg):
+        return []
     options = sge_options(cfg)
     names = dict.fromkeys((*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST))
     known = [name for name in names if name in DatasetCatalog]
     findings = [finding for name in known for finding in examine_dataset(name, every_image=every_image)]
-    if not unregistered(cfg) and not wrong_groups(cfg, options) and not missing_weights(cfg):
-        findings += examine_weights(cfg, options)
+    if not unregistered(cfg) and not wrong_groups(cfg, options):
+        unbuilt = examine_build(cfg, overrides, eval_only=eval_only)
+        findings += unbuilt or ([] if missing_weights(cfg) else examine_weights(cfg, options))
     return [f for f in findings if not (eval_only and f.key == "MODEL.BACKBONE.FREEZE_AT")]

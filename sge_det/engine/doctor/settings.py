@@ -9,10 +9,11 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
 from ...checkpoint.checkpointer import check_weights_exist
 from ...checkpoint.transplant import sge_builder
-from ...config import STAGES, SGEOptions, find_config, optimizer_name, sge_options
+from ...config import STAGES, SGEOptions, compose_config, find_config, optimizer_name, sge_options
 from ...errors import UserError
 from .finding import Finding, finding_of
 from .model import examine_model
+from .values import unusable_values
 
 # The learning rate of the paper's recipe for 16 images; another number of images scales it (the linear rule).
 _BASE_LR, _RETINANET_BASE_LR = 0.02, 0.01
@@ -20,8 +21,17 @@ _BASE_LR, _RETINANET_BASE_LR = 0.02, 0.01
 _LR_FACTOR = 1.5
 
 
-def examine_settings(cfg: CfgNode, config_file: str = "", *, eval_only: bool = False) -> list[Finding]:
-    """What is wrong with the settings themselves; reads no file but the config."""
+def examine_settings(
+    cfg: CfgNode, config_file: str = "", *, eval_only: bool = False, own_data: bool = False
+) -> list[Finding]:
+    """What is wrong with the settings themselves; reads no file but the config.
+
+    Args:
+        own_data: data sets were given besides the config, so that advice for COCO does not fit.
+    """
+    unusable = unusable_values(cfg)
+    if unusable:  # nothing can be computed from them
+        return [*duplicate_keys(config_file), *unusable]
     options = sge_options(cfg)
     return [
         *duplicate_keys(config_file),
@@ -31,7 +41,7 @@ def examine_settings(cfg: CfgNode, config_file: str = "", *, eval_only: bool = F
         *wrong_groups(cfg, options),
         *([] if unregistered(cfg) else examine_model(cfg)),
         *missing_weights(cfg),
-        *([] if eval_only else _learning_rate(cfg)),
+        *([] if eval_only or own_data else _learning_rate(cfg)),
     ]
 
 
@@ -43,8 +53,8 @@ def duplicate_keys(config_file: str) -> list[Finding]:
             if path in seen:
                 continue
             seen.add(path)
-            root = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)
-        except (UserError, yaml.YAMLError, OSError, UnicodeDecodeError):
+            root = compose_config(path)
+        except UserError:
             continue  # load_config says so
         for key, line in _repeated(root):
             found.append(
@@ -53,11 +63,11 @@ def duplicate_keys(config_file: str) -> list[Finding]:
         for key, value in root.value if isinstance(root, yaml.MappingNode) else []:
             if key.value == "_BASE_":
                 bases = value.value if isinstance(value, yaml.SequenceNode) else [value]
-                queue += [str(Path(path).parent / base.value) for base in bases]
+                queue += [str(Path(path).parent / base.value) for base in bases if isinstance(base, yaml.ScalarNode)]
     return found
 
 
-def _repeated(node: yaml.Node, prefix: str = "") -> list[tuple[str, int]]:
+def _repeated(node: yaml.Node | None, prefix: str = "") -> list[tuple[str, int]]:
     """The dotted keys that a mapping of ``node`` has more than once, with the line (from 1) of the repetition."""
     if not isinstance(node, yaml.MappingNode):
         return []
