@@ -22,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("output", metavar="OUTPUT", help="the file to write, .pth or .safetensors")
     add("--transplant", action="store_true", help="plain weights: add SGE without a change of the outputs")
+    add("--weights-of", choices=("raw", "ema"), help="which to take where the file holds averaged weights too")
     add("--config-file", metavar="F", help="the config they are for: every tensor of its model is accounted for")
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     return arguments
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{' '.join(args.opts)}: config overrides go with --config-file")
     cfg = load_config(args.config_file, args.opts) if args.config_file else None
     convert = transplant_file if args.transplant else convert_file
-    print("\n".join(convert(args.source, args.output, cfg=cfg).lines()))
+    print("\n".join(convert(args.source, args.output, cfg=cfg, weights_of=args.weights_of).lines()))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
@@ -16,7 +17,7 @@ from torch import nn
 from ..errors import Resumable, UserError
 from ..files import remove_file, replacing, write_file
 from ..layers.attention import is_sge_key
-from .checksums import Unreadable, checksums, first_not_finite, read_sidecar, sidecar, write_sidecar
+from .checksums import Unreadable, checksums, first_not_finite, read_sidecar, sidecar, unusable, write_sidecar
 from .safe_load import load_checkpoint, load_file
 
 logger = logging.getLogger(__name__)
@@ -262,7 +263,21 @@ class Checkpointer(DetectionCheckpointer):
     def _torch_load(self, f: str) -> Any:
         return load_file(f)
 
+    def _check_usable(self, weights: Any) -> None:
+        """Raises Unreadable where a tensor that would fill one of the model's is no number or no weight."""
+        names = set()
+        for key, own in self.model.state_dict().items():
+            parts = key.split(".") if own.is_floating_point() else []
+            names |= {".".join(parts[start:]) for start in range(len(parts))}
+        for key, value in weights.items() if isinstance(weights, dict) else ():
+            if str(key).removeprefix("module.") not in names or not isinstance(value, torch.Tensor | np.ndarray):
+                continue
+            wrong = unusable(key, torch.as_tensor(value))
+            if wrong:
+                raise Unreadable(f"the weights {self._path} cannot be used: {key} {wrong}")
+
     def _load_model(self, checkpoint: dict[str, Any]):
+        self._check_usable(checkpoint.get("model"))
         incompatible = super()._load_model(checkpoint)
         wanted = [
             key

@@ -152,3 +152,17 @@ def first_not_finite(content: Any) -> str | None:
         if (tensor.is_floating_point() or tensor.is_complex()) and not tensor.isfinite().all():
             return path
     return None
+
+
+def unusable(name: str, tensor: Tensor) -> str | None:
+    """What is wrong with a tensor that is to fill a model's parameter or statistic, in words; None where nothing is."""
+    if name.endswith("num_batches_tracked"):
+        return None
+    if tensor.is_complex() or not tensor.is_floating_point():
+        return f"is {'complex' if tensor.is_complex() else 'of ' + str(tensor.dtype).removeprefix('torch.')}"
+    values = tensor.float() if tensor.element_size() == 1 else tensor  # 8-bit floats are not computed with
+    if not values.isfinite().all():
+        return "holds NaN or infinity"
+    if name.endswith("running_var") and (values < 0).any():
+        return "holds a negative variance"
+    return None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..layers.attention import is_sge_key
+from .checksums import unusable
 from .mapping import Renamed, resnet_shape, to_detectron2
 from .safe_load import check_output, write_weights
 from .sources import Source, read_source
@@ -67,9 +68,8 @@ def model_shapes(cfg: CfgNode) -> dict[str, tuple[int, ...]]:
         model = build_meta_model(cfg)
     except (AssertionError, KeyError) as error:
         raise UserError(f"Detectron2 cannot build the model of this config: {error}") from error
-    return {
-        key: tuple(value.shape) for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")
-    }
+    # counters and tables of indices are no weights
+    return {key: tuple(value.shape) for key, value in model.state_dict().items() if value.is_floating_point()}
 
 
 def coverage(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], *, by_suffix: bool) -> Coverage:
@@ -128,6 +128,7 @@ class Conversion:
         """The account, for people."""
         source, renamed = self.source, self.renamed
         lines = [f"{source.path} is {source.description}: {self.model}"]
+        lines += [source.taken] if source.taken else []
         lines.append(f"{len(source.state)} tensors: {len(renamed.names)} renamed, {len(renamed.dropped)} dropped")
         for reason, count in Counter(renamed.dropped.values()).items():
             example = next(key for key, why in renamed.dropped.items() if why == reason)
@@ -151,13 +152,16 @@ class Conversion:
         return lines
 
 
-def convert_file(source: str, output: str, *, cfg: CfgNode | None = None, change: Change | None = None) -> Conversion:
+def convert_file(
+    source: str, output: str, *, cfg: CfgNode | None = None, change: Change | None = None, weights_of: str | None = None
+) -> Conversion:
     """Converts a weights file into one for ``MODEL.WEIGHTS``.
 
     Args:
         source: a file of any kind in :data:`.sources.KINDS`, or a URL of Detectron2's.
         output: the file to write, .pth or .safetensors; nothing is written where anything is wrong.
         cfg: the config whose model the weights are for, if its fit is to be checked.
+        weights_of: "raw" or "ema", where a file holds both; as :func:`.sources.read_source`.
         change: what to do to the weights after they are renamed, e.g. :func:`.transplant.transplant_state`.
 
     Raises:
@@ -165,10 +169,14 @@ def convert_file(source: str, output: str, *, cfg: CfgNode | None = None, change
             backbone of ``cfg``.
     """
     check_output(output)
-    found = read_source(source)
+    found = read_source(source, weights_of=weights_of)
     if Path(output).exists() and Path(output).samefile(found.path):
         raise UserError(f"{output} is the source itself: name another output")
     renamed = to_detectron2(found)
+    for own, name in renamed.names.items():
+        wrong = unusable(name, renamed.state[name])
+        if wrong:
+            raise UserError(f"{source}: {own} {wrong}: no model can use that")
     shape = resnet_shape(renamed.state, source)
     state, notes, metadata = renamed.state, [], found.metadata()
     if change is not None:

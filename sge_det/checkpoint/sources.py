@@ -97,6 +97,16 @@ _MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 IMAGENET = Recipe("RGB", _MEAN, _STD, False)
 MSRA = Recipe("BGR", _MEAN[::-1], (1.0, 1.0, 1.0), True)
 
+# What training scripts put around their weights, and around the averages of them over the last steps.
+_RAW = ("state_dict", "model_state_dict", "model", "net", "student")
+_AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "teacher")
+_PAIRS = (("student.", "teacher."), ("model.", "ema."), ("model.", "model_ema."), ("model.", "ema_model."))
+_PREFIXES = ("module.", "model.", "net.", "ema_model.")
+_LATER_MMDET = (
+    "is not converted: its classes and anchors are laid out otherwise than in the release's 0.6 to 1.0; convert its "
+    "backbone alone, or take the release's weights"
+)
+
 # Of mmdetection's config, in characters; it is searched for a few words.
 _LONGEST_CONFIG = 100_000
 
@@ -139,6 +149,7 @@ class Source:
         recipe: what is known of the images it was trained on.
         by_suffix: Detectron2 matches its names by their ends.
         transplanted: it came out of a transplant.
+        taken: which of its weights these are, in a sentence, where it holds averaged ones too.
     """
 
     path: str
@@ -147,6 +158,7 @@ class Source:
     recipe: Recipe
     by_suffix: bool = False
     transplanted: bool = False
+    taken: str = ""
 
     @property
     def description(self) -> str:
@@ -164,12 +176,14 @@ class Source:
         return {"source": self.kind, **file, **self.recipe.metadata()}
 
 
-def read_source(path: str, *, strict: bool = True) -> Source:
+def read_source(path: str, *, strict: bool = True, weights_of: str | None = None) -> Source:
     """Reads a weights file of any kind in ``KINDS``.
 
     Args:
         path: a file, or a URL that Detectron2 can fetch ("detectron2://...").
         strict: refuse what is of no known kind; its kind is "" otherwise.
+        weights_of: "raw" or "ema" (averaged); None takes the averaged ones where there are any, which are the ones
+            that training scripts evaluate.
 
     Raises:
         UserError: it cannot be read, would run code, or is of no known kind.
@@ -180,9 +194,11 @@ def read_source(path: str, *, strict: bool = True) -> Source:
         raise UserError(f"{path} cannot be fetched: {error}") from error
     checkpoint = load_checkpoint(local)
     _check_metadata(checkpoint, path)
-    state = as_tensors(_unwrap(checkpoint), path)
+    chosen, taken = _unwrap(checkpoint, path, weights_of)
+    state = as_tensors(chosen, path)
     try:
         kind = identify(state, path)
+        _check_mmdet(kind, checkpoint, path)
     except UserError:
         if strict:
             raise
@@ -194,6 +210,7 @@ def read_source(path: str, *, strict: bool = True) -> Source:
         known_recipe(path) or _recipe(kind, checkpoint, state),
         bool(checkpoint.get("matching_heuristics")),
         bool(_metadata(checkpoint).get("transplanted")),
+        taken,
     )
 
 
@@ -224,13 +241,64 @@ def _are_three_numbers(value: Any) -> bool:
     return numbers and all(type(number) in (int, float) and abs(number) < 1e6 for number in value)
 
 
-def _unwrap(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    state = checkpoint["model"]
-    # what training scripts put around the weights; averaged weights are the ones that timm evaluates
-    for name in ("state_dict_ema", "state_dict", "model"):
-        if isinstance(state.get(name), Mapping):
-            return state[name]
-    return state
+def _check_mmdet(kind: str, checkpoint: Mapping[str, Any], path: str) -> None:
+    """RetinaNet's names are the same in all versions of mmdetection; its anchors are not."""
+    meta = checkpoint["model"].get("meta")
+    if not kind.startswith("mmdet-") or not isinstance(meta, Mapping):
+        return
+    version = meta.get("mmdet_version")
+    is_later = isinstance(version, str) and re.match(r"([2-9]|\d{2,})\.", version)
+    if is_later or "mmengine_version" in meta:
+        raise UserError(f"{path} is of mmdetection {str(version or '3')[:20]}, which {_LATER_MMDET}")
+
+
+def _unwrap(checkpoint: dict[str, Any], path: str, weights_of: str | None) -> tuple[Mapping[str, Any], str]:
+    """The weights that are asked for, and which they are, in words, where there are averaged ones."""
+    inner = checkpoint["model"]
+    raw = next(((name, inner[name]) for name in _RAW if isinstance(inner.get(name), Mapping)), ("model", inner))[1]
+    raw = _without_shell(raw)
+    averaged = next(
+        (
+            (name, _without_shell(place[name]))
+            for place in (inner, checkpoint)
+            for name in _AVERAGED
+            if isinstance(place.get(name), Mapping)
+        ),
+        None,
+    )
+    if averaged is None:
+        raw, averaged = _split_averaged(raw)
+    if averaged is None:
+        if weights_of == "ema":
+            raise UserError(f"{path} holds no averaged weights: leave --weights-of ema out")
+        return raw, ""
+    if weights_of == "raw":
+        return raw, f"took the raw weights, not the averaged ones ({averaged[0]})"
+    return averaged[1], f"took the averaged weights ({averaged[0]}); --weights-of raw takes the others"
+
+
+def _without_shell(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    return next(
+        (state[name] for name in ("state_dict", "module", "model") if isinstance(state.get(name), Mapping)), state
+    )
+
+
+def _split_averaged(state: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[str, Mapping[str, Any]] | None]:
+    """Raw and averaged weights that stand side by side in one dict, told by what is before their names."""
+    for raw, averaged in _PAIRS:
+        parts = {p: {k.removeprefix(p): v for k, v in state.items() if str(k).startswith(p)} for p in (raw, averaged)}
+        if parts[averaged] and len(parts[raw]) + len(parts[averaged]) == len(state):
+            return parts[raw] or parts[averaged], (averaged, parts[averaged])
+    own = {key: value for key, value in state.items() if not str(key).startswith("ema_")}
+    if len(own) == len(state):
+        return state, None
+    found = {}
+    for key in own:
+        # mmcv writes no dots into the names of buffers
+        for name in (f"ema_{key}", f"ema_{str(key).replace('.', '_')}"):
+            if name in state:
+                found[key] = state[name]
+    return own or state, ("ema_", {**own, **found}) if found else None
 
 
 def as_tensors(state: Mapping[str, Any], path: str) -> dict[str, Tensor]:
@@ -250,8 +318,12 @@ def as_tensors(state: Mapping[str, Any], path: str) -> dict[str, Tensor]:
             tensors[key] = torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{path}: the entry {key!r} is a {type(value).__name__}, not a tensor") from error
-    if tensors and all(key.startswith("module.") for key in tensors):
-        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
+    # torch.compile writes its own name anywhere, wrappers and Lightning theirs before all names
+    tensors = {key.replace("_orig_mod.", ""): value for key, value in tensors.items()}
+    while (
+        prefix := next((p for p in _PREFIXES if tensors and all(key.startswith(p) for key in tensors)), None)
+    ) is not None:
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     return tensors
 
 
@@ -261,6 +333,8 @@ def identify(state: Mapping[str, Tensor], path: str) -> str:
     Raises:
         UserError: it is of no known kind; says what it has.
     """
+    if any(key.startswith("roi_head.") for key in state):
+        raise UserError(f"{path} is of mmdetection 2 or later (roi_head.), which {_LATER_MMDET}")
     if "backbone.layer1.0.conv1.weight" in state:
         if "bbox_head.retina_cls.weight" in state:
             return "mmdet-retinanet"

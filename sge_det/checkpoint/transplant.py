@@ -92,14 +92,16 @@ def transplant_state(state: dict[str, Tensor], cfg: CfgNode | None, path: str) -
     return result, f"added SGE to {count} blocks ({groups} groups), the norms before it times {factor:.7f}"
 
 
-def transplant_file(source: str, output: str, *, cfg: CfgNode | None = None) -> Conversion:
+def transplant_file(
+    source: str, output: str, *, cfg: CfgNode | None = None, weights_of: str | None = None
+) -> Conversion:
     """Converts plain weights, a backbone's or a whole detector's, into those of the SGE twin of equal outputs.
 
     Args:
-        source, output: as in :func:`.convert.convert_file`.
+        source, output, weights_of: as in :func:`.convert.convert_file`.
         cfg: the config of the SGE model; the paper's groups, stages and beta without one.
 
     Raises:
         UserError: as :func:`.convert.convert_file` and :func:`transplant_state`.
     """
-    return convert_file(source, output, cfg=cfg, change=transplant_state)
+    return convert_file(source, output, cfg=cfg, change=transplant_state, weights_of=weights_of)

@@ -3,6 +3,7 @@
 import torch
 from detectron2.config import CfgNode
 
+from ...checkpoint.checksums import unusable
 from ...checkpoint.convert import Coverage, coverage, in_backbone, model_shapes
 from ...checkpoint.mapping import to_detectron2
 from ...checkpoint.sources import Recipe, Source, known_recipe, read_source
@@ -24,7 +25,7 @@ def examine_weights(cfg: CfgNode, options: SGEOptions) -> list[Finding]:
         findings = _contradictions(cfg, recipe)
         return findings + _plain(cfg, options, {}) + _frozen(cfg, options, {}) if has_sge(cfg, options) else findings
     try:
-        source = read_source(path, strict=False)
+        source = read_source(path, strict=False, weights_of="raw")  # as they are loaded
         if source.kind and source.kind not in ("detectron2-backbone", "detectron2-detector", "caffe2"):
             remedy = f"convert it: tools/convert_weights.py {path} OUTPUT.pth"
             return [
@@ -37,6 +38,10 @@ def examine_weights(cfg: CfgNode, options: SGEOptions) -> list[Finding]:
         fit = coverage(state, model_shapes(cfg), by_suffix=source.by_suffix)
     except UserError as error:
         return [finding_of(error, "MODEL.WEIGHTS")]
+    for name in fit.filled.values():
+        wrong = unusable(name, state[name])
+        if wrong:
+            return [Finding("error", "MODEL.WEIGHTS", f"in {path} {name} {wrong}", "take other weights")]
     norm = cfg.MODEL.RESNETS.NORM
     if filled and norm != "FrozenBN":
         problem = f"it is {norm or 'no norm'}, but {path} has norms without statistics, which FrozenBN alone can take"
