@@ -33,9 +33,9 @@ def check_weights_exist(cfg: CfgNode) -> None:
         UserError: it is not there; says how to get it.
     """
     path = cfg.MODEL.WEIGHTS
-    if path and "://" not in path and not Path(path).is_file():
+    if path and "://" not in path and not os.path.isfile(path):  # names too long for any file are none, too
         raise UserError(
-            f"MODEL.WEIGHTS {path} is not there: put the weights there (see 'Weights' in the README), name others with "
+            f"MODEL.WEIGHTS {path[:300]} is not there: put the weights there (see 'Weights' in the README), name others with "
             "MODEL.WEIGHTS FILE, or train from scratch with MODEL.WEIGHTS ''"
         )
 

@@ -61,6 +61,7 @@ UNUSABLE = [
     ("DATALOADER.SAMPLER_TRAIN", "nonsense"),
     ("TEST.EXPECTED_RESULTS", [["bbox", "AP"]]),
     ("OUTPUT_DIR", ""),
+    ("MODEL.WEIGHTS", "x" * 5000),
 ]
 
 
@@ -75,7 +76,7 @@ def test_unusable_values_are_named(tmp_path, sample_datasets, key, value):
     tiny = [word for pair in zip(TINY[::2], TINY[1::2], strict=True) if pair[0] != key for word in pair]
     errors = [f for f in diagnose(str(tmp_path / "mine.yaml"), tiny, sample_datasets) if f.severity == "error"]
     assert [finding.key for finding in errors] == [key], list(map(str, errors))
-    with pytest.raises(UserError, match=f"^{key}: "):
+    with pytest.raises(UserError, match=f"^{key}[: ]"):
         setup_config(str(tmp_path / "mine.yaml"), tiny, sample_datasets)
 
 

@@ -209,7 +209,7 @@ def test_a_mistake_found_in_training_leaves_no_traceback_in_the_log(tmp_path, sa
 
 
 def test_a_diverging_loss_is_told(tmp_path, sample_datasets, caplog):
-    cfg = tiny_config(tmp_path, sample_datasets, "SOLVER.BASE_LR", "1e30", "SOLVER.MAX_ITER", "20")
+    cfg = tiny_config(tmp_path, sample_datasets, "SOLVER.BASE_LR", "1e12", "SOLVER.MAX_ITER", "20")
     with pytest.raises(sge_det.UserError, match=r"lower SOLVER\.BASE_LR"):
         train(cfg)
     assert not any(record.exc_info for record in caplog.records)
