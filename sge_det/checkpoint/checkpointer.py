@@ -35,8 +35,8 @@ def check_weights_exist(cfg: CfgNode) -> None:
     path = cfg.MODEL.WEIGHTS
     if path and "://" not in path and not os.path.isfile(path):  # names too long for any file are none, too
         raise UserError(
-            f"MODEL.WEIGHTS {path[:300]} is not there: put the weights there (see 'Weights' in the README), name others with "
-            "MODEL.WEIGHTS FILE, or train from scratch with MODEL.WEIGHTS ''"
+            f"MODEL.WEIGHTS {path[:300]} is not there: put the weights there (see 'Weights' in the README), name "
+            "others with MODEL.WEIGHTS FILE, or train from scratch with MODEL.WEIGHTS ''"
         )
 
 
