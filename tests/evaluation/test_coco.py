@@ -103,3 +103,17 @@ def test_evaluator_of_a_config_has_its_tasks(registered, tmp_path):
         build_evaluator(cfg, "generated_val"), registered[0], [{"instances": o["instances"][:0]} for o in registered[1]]
     )
     assert results["bbox"]["AP"] == results["segm"]["AP"] == 0
+
+
+def test_a_set_without_annotations_has_detections_and_no_metrics(registered, tmp_path):
+    inputs, outputs = registered
+    truth = json.loads((tmp_path / "instances.json").read_text())
+    del truth["annotations"]
+    (tmp_path / "unannotated.json").write_text(json.dumps(truth))
+    register_dataset("generated_unannotated", str(tmp_path / "unannotated.json"), str(tmp_path))
+    ids = MetadataCatalog.get("generated_val").thing_dataset_id_to_contiguous_id
+    MetadataCatalog.get("generated_unannotated").set(thing_dataset_id_to_contiguous_id=ids)
+    evaluator = HotcocoEvaluator("generated_unannotated", ("bbox",), False, str(tmp_path / "out"), use_fast_impl=False)
+    assert evaluated(evaluator, inputs, outputs) == {}
+    found = json.loads((tmp_path / "out/coco_instances_results.json").read_text())
+    assert len(found) == sum(len(output["instances"]) for output in outputs) > 0
