@@ -109,7 +109,7 @@ def test_an_interrupt_ends_it(monkeypatch):
     truth, detections = generated(1)
     matches = matched(truth, detections)
     monkeypatch.setattr(bootstrap, "_CHUNK", 1)
-    told = []
+    told, others = [], set(threading.enumerate())
     # where tests run in the background the shell has made them deaf to it
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -124,6 +124,6 @@ def test_an_interrupt_ends_it(monkeypatch):
         signal.signal(signal.SIGINT, before)
     assert sum(told) < 100
     for thread in threading.enumerate():
-        if thread is not threading.main_thread() and "ThreadPool" in thread.name:
+        if thread not in others and "ThreadPool" in thread.name:
             thread.join(5)
             assert not thread.is_alive()
