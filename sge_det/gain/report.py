@@ -129,7 +129,7 @@ def markdown(report: dict) -> str:
     parts += ["## Intervals", interval_table(report).markdown(), _DECIDES]
     parts += ["## Every seed", seed_table(report).markdown()]
     for task in report["tasks"]:
-        parts += [f"## {TASK_NAMES[task].capitalize()} metrics (exploratory)", metric_table(report, task).markdown()]
+        parts += [f"## {_metrics_heading(report, task)}", metric_table(report, task).markdown()]
     for name, by_seed in report["gates"].items():
         parts += [f"## Gates of {escape(name)}", gate_table(by_seed).markdown()]
     for name, by_seed in report["pointing"].items():
@@ -138,6 +138,12 @@ def markdown(report: dict) -> str:
     made_from = report.get("provenance", {}).items()
     parts += ["## Made from", "\n".join(f"- {escape(key)}: {escape(value)}" for key, value in made_from)]
     return "\n\n".join(parts) + "\n"
+
+
+def _metrics_heading(report: dict, task: str) -> str:
+    question = report["question"]
+    but = f"all but {question['metric']} are " if task == question["task"] else ""
+    return f"{TASK_NAMES[task].capitalize()} metrics ({but}exploratory)"
 
 
 def metric_table(report: dict, task: str, metrics: Sequence[str] | None = None) -> Table:
@@ -272,7 +278,7 @@ def html_page(measurement: Measurement, extras: Extras) -> str:
     caption = f"Difference from {report['reference']}. Bars: {plots.interval_name(report)}.{many}"
     parts.append(_figure(plots.forest(report), "Differences with their intervals", caption))
     for task in report["tasks"]:
-        parts += [f"<h2>{TASK_NAMES[task].capitalize()} metrics (exploratory)</h2>"]
+        parts += [f"<h2>{_metrics_heading(report, task)}</h2>"]
         parts.append(metric_table(report, task, list(METRICS)).html())
     parts.append("<h2>Arms and seeds</h2>")
     caption = "AP of each run; bars are means, thin lines join the runs of a seed."
