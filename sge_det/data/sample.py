@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..files import publish_folder
-from .drawing import KINDS, DrawnObject, draw_scene
+from .sample_scenes import KINDS, DrawnObject, draw_scene
 
 SPLITS = ("train", "val")
 _FORMAT = 2  # Raised whenever the same arguments would draw something else.

@@ -29,9 +29,9 @@ from ..modeling.gates import GateWriter, sge_layers
 from ..solver import build_optimizer
 from . import doctor
 from .faults import in_words
-from .guard import LossGuard
 from .launching import TIMEOUT_SECONDS
 from .logs import start_logs
+from .loss_guard import LossGuard
 from .stopping import StopHook, waiting
 
 logger = logging.getLogger(__name__)

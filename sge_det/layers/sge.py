@@ -10,7 +10,7 @@ Per sample and group, with the c channels of a group as the vector x_i at positi
 
 mean(s) is g . g, so no pass over the similarities is spent on it. Ordinary calls go through a kernel with an analytic
 gradient (``kernels.py``). Whatever must see operators one by one, or differentiates more than once, gets the plain
-ones of ``formula.py``.
+ones of ``sge_plain.py``.
 """
 
 import torch
@@ -19,7 +19,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
-from . import formula, kernels
+from . import kernels, sge_plain
 
 
 class SpatialGroupEnhance(nn.Module):
@@ -67,7 +67,7 @@ class SpatialGroupEnhance(nn.Module):
         """
         self._check(x, None)
         if torch.jit.is_scripting():
-            return formula.enhance(x, None, self.weight, self.bias, self.eps)
+            return sge_plain.enhance(x, None, self.weight, self.bias, self.eps)
         return self._enhance(x, None, False)
 
     def residual(self, x: Tensor, shortcut: Tensor, inplace: bool = False) -> Tensor:
@@ -85,7 +85,7 @@ class SpatialGroupEnhance(nn.Module):
         """
         self._check(x, shortcut)
         if torch.jit.is_scripting():
-            return formula.enhance(x, shortcut, self.weight, self.bias, self.eps)
+            return sge_plain.enhance(x, shortcut, self.weight, self.bias, self.eps)
         if _has_hooks(self):
             return torch.relu(self(x) + shortcut)
         return self._enhance(x, shortcut, inplace)
@@ -93,7 +93,7 @@ class SpatialGroupEnhance(nn.Module):
     def gates(self, x: Tensor) -> Tensor:
         """Returns the gates sigmoid(a) of eq. 5 for ``x`` (N, C, H, W): (N, G, H, W), float32 or float64."""
         self._check(x, None)
-        return formula.gates(x, self.weight, self.bias, self.eps)
+        return sge_plain.gates(x, self.weight, self.bias, self.eps)
 
     def extra_repr(self) -> str:
         return f"groups={self.groups}, eps={self.eps}"
@@ -120,7 +120,7 @@ class SpatialGroupEnhance(nn.Module):
         weight, bias, eps = self.weight, self.bias, self.eps
         tensors = [tensor for tensor in (x, shortcut, weight, bias) if tensor is not None]
         if _must_see_operators(*tensors):
-            return formula.enhance(x, shortcut, weight, bias, eps)
+            return sge_plain.enhance(x, shortcut, weight, bias, eps)
         if shortcut is not None and shortcut.dtype != x.dtype:
             dtype = torch.promote_types(x.dtype, shortcut.dtype)
             x, shortcut = x.to(dtype), shortcut.to(dtype)
@@ -172,7 +172,7 @@ def _plain_gradients(ctx, x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor)
     wanted = [tensor for tensor, index in zip(inputs, (0, 2, 3), strict=True) if ctx.needs_input_grad[index]]
     differentiated_again = torch.is_grad_enabled()
     with torch.enable_grad():
-        y = formula.enhance(x, None, weight, bias, ctx.eps)
+        y = sge_plain.enhance(x, None, weight, bias, ctx.eps)
         found = iter(torch.autograd.grad(y, wanted, grad, create_graph=differentiated_again))
     return [next(found) if ctx.needs_input_grad[index] else None for index in (0, 2, 3)]
 

@@ -1,7 +1,7 @@
 """The layer and the block tail in PyTorch's eager operators, worked through block by block.
 
 A block of the activation stays in the cache from its mean to its gated output, and the gradient recomputes the small
-maps from x rather than keeping them. See ``sge.py`` for the equations and ``formula.py`` for what ``scale`` is.
+maps from x rather than keeping them. See ``sge.py`` for the equations and ``sge_plain.py`` for what ``scale`` is.
 """
 
 import itertools

@@ -9,7 +9,7 @@ from detectron2.utils import comm
 
 from sge_det import UserError
 from sge_det.config import load_config
-from sge_det.engine.guard import LossGuard, NonFiniteLossError
+from sge_det.engine.loss_guard import LossGuard, NonFiniteLossError
 from sge_det.engine.training import Trainer, setup_config
 
 
