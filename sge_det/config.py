@@ -62,6 +62,10 @@ def _default_options() -> CfgNode:
     options.RESET = False
     # What stands in that place: "sge", or a rival from timm: "se", "eca", "cbam".
     options.ATTENTION = SGE
+    # Gamma is held at 0 while beta learns: gates that are the same all over a map, the control of what attention adds.
+    options.CONSTANT = False
+    # False leaves eq. 3 out, the normalisation of the similarities, to measure what it is worth.
+    options.NORMALIZE = True
     # What computes SGE: "eager", "compile" (by torch.compile) or "triton" (GPUs). Where it cannot run a warning says so
     # once and "eager" takes its place.
     options.KERNEL = "eager"
@@ -82,6 +86,8 @@ class SGEOptions:
     init: tuple[float, float]
     reset: bool
     attention: str
+    constant: bool
+    normalize: bool
     kernel: str
     log_period: int
 
@@ -95,8 +101,8 @@ def sge_options(cfg: CfgNode) -> SGEOptions:
     """``cfg.MODEL.SGE``, checked; its defaults in a config that never heard of it.
 
     Raises:
-        UserError: a stage, an attention or a kernel that does not exist, an INIT that is not two numbers, or a
-            WEIGHT_DECAY that is no decay.
+        UserError: a stage, an attention or a kernel that does not exist, an INIT that is not two numbers or
+            contradicts CONSTANT, or a WEIGHT_DECAY that is no decay.
     """
     options = {**_default_options(), **(cfg.MODEL.get("SGE", None) or {})}
     for stage in options["STAGES"]:
@@ -109,6 +115,10 @@ def sge_options(cfg: CfgNode) -> SGEOptions:
     init = options["INIT"]
     if len(init) != 2 or not all(isinstance(value, int | float) for value in init):
         raise UserError(f"MODEL.SGE.INIT must be two numbers, weight and bias; got {init!r:.100}")
+    if options["CONSTANT"] and init[0] != 0:
+        raise UserError(f"MODEL.SGE.CONSTANT holds gamma at 0, but INIT {init!r:.100} starts it at another number")
+    if not options["NORMALIZE"] and options["KERNEL"] != "eager":
+        raise UserError(f"MODEL.SGE.NORMALIZE False goes with the KERNEL 'eager' alone, not with {options['KERNEL']!r}")
     decay = options["WEIGHT_DECAY"]
     if decay is not None and not (isinstance(decay, int | float) and decay >= 0):
         raise UserError(f"MODEL.SGE.WEIGHT_DECAY must be a number of at least 0, or None; got {decay!r:.100}")
@@ -121,6 +131,8 @@ def sge_options(cfg: CfgNode) -> SGEOptions:
         init=tuple(init),
         reset=options["RESET"],
         attention=options["ATTENTION"],
+        constant=options["CONSTANT"],
+        normalize=options["NORMALIZE"],
         kernel=options["KERNEL"],
         log_period=options["LOG_PERIOD"],
     )

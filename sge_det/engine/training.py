@@ -24,7 +24,7 @@ from ..data.datasets import register_sample, use_datasets
 from ..data.loader import EvaluationLoader, ReplayableLoader, build_test_loader, build_train_loader
 from ..errors import Stopped, UserError
 from ..evaluation.coco import build_evaluator
-from ..modeling.blocks import start_sge
+from ..modeling.blocks import hold_gates_constant, start_sge
 from ..modeling.gates import GateWriter, sge_layers
 from ..solver import build_optimizer
 from . import doctor
@@ -193,8 +193,11 @@ class Trainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
         self.data_loader.start = self.start_iter
-        if self.start_iter == 0 and sge_options(self.cfg).reset:
-            start_sge(self.model, sge_options(self.cfg).init)
+        options = sge_options(self.cfg)
+        if self.start_iter == 0 and options.reset:
+            start_sge(self.model, options.init)
+        if options.constant:  # whatever MODEL.WEIGHTS holds
+            hold_gates_constant(self.model)
 
     def run_step(self) -> None:
         torch.manual_seed((self.seed * 1_000_003 + self.iter) * comm.get_world_size() + comm.get_rank())

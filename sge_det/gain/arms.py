@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..layers.attention import ATTENTIONS, SGE
 
 TRANSPLANT = "sge-transplant"
-BUILT_IN = ("plain", "sge", "sge-fixed", TRANSPLANT, *(name for name in ATTENTIONS if name != SGE))
+BUILT_IN = ("plain", "sge", "sge-constant", "sge-fixed", TRANSPLANT, *(name for name in ATTENTIONS if name != SGE))
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,11 @@ def examine_arms(arms: Sequence[Arm], cfg: CfgNode) -> list[Finding]:
 def _built_in(name: str, cfg: CfgNode) -> Arm:
     if name == "plain":
         return Arm(name, ("MODEL.SGE.ENABLED", "False"))
-    attention = name.removesuffix("-fixed")
+    attention = SGE if name in ("sge-constant", "sge-fixed") else name
     overrides = ("MODEL.SGE.ENABLED", "True", "MODEL.SGE.ATTENTION", attention)
+    if name == "sge-constant":
+        bias = sge_options(cfg).init[1]
+        overrides += ("MODEL.SGE.CONSTANT", "True", "MODEL.SGE.INIT", f"[0.0, {bias}]")
     if name == "sge-fixed":
         # with a weight of 0 the gates are constant, and a learning rate of 0 keeps them so; start weights may hold
         # others, which would be attention

@@ -33,6 +33,8 @@ class SpatialGroupEnhance(nn.Module):
         eps: added to the standard deviation, outside the root.
         kernel: what computes ordinary calls, see ``kernels.py``: "eager", "compile" or "triton". Where one cannot run
             a warning says so once and "eager" takes its place.
+        normalize: False leaves eq. 3 out, t = s, to measure what it is worth. Plain operators compute it, in more
+            time and memory.
 
     Attributes:
         weight: gamma of eq. 4, shape (1, G, 1, 1), starts at 0.
@@ -43,13 +45,14 @@ class SpatialGroupEnhance(nn.Module):
 
     observers: tuple = ()
 
-    def __init__(self, groups: int = 64, eps: float = 1e-5, kernel: str = "eager"):
+    def __init__(self, groups: int = 64, eps: float = 1e-5, kernel: str = "eager", normalize: bool = True):
         super().__init__()
         if groups < 1:
             raise ValueError(f"groups must be at least 1, got {groups}")
         if kernel not in kernels.KERNELS:
             raise ValueError(f"the kernel {kernel!r} is not one of {', '.join(kernels.KERNELS)}")
         self.kernel = kernel
+        self.normalize = normalize
         self.groups = groups
         self.eps = eps
         self.weight = nn.Parameter(torch.zeros(1, groups, 1, 1))
@@ -67,7 +70,7 @@ class SpatialGroupEnhance(nn.Module):
         """
         self._check(x, None)
         if torch.jit.is_scripting():
-            return sge_plain.enhance(x, None, self.weight, self.bias, self.eps)
+            return sge_plain.enhance(x, None, self.weight, self.bias, self.eps, self.normalize)
         return self._enhance(x, None, False)
 
     def residual(self, x: Tensor, shortcut: Tensor, inplace: bool = False) -> Tensor:
@@ -85,7 +88,7 @@ class SpatialGroupEnhance(nn.Module):
         """
         self._check(x, shortcut)
         if torch.jit.is_scripting():
-            return sge_plain.enhance(x, shortcut, self.weight, self.bias, self.eps)
+            return sge_plain.enhance(x, shortcut, self.weight, self.bias, self.eps, self.normalize)
         if _has_hooks(self):
             return torch.relu(self(x) + shortcut)
         return self._enhance(x, shortcut, inplace)
@@ -93,10 +96,10 @@ class SpatialGroupEnhance(nn.Module):
     def gates(self, x: Tensor) -> Tensor:
         """Returns the gates sigmoid(a) of eq. 5 for ``x`` (N, C, H, W): (N, G, H, W), float32 or float64."""
         self._check(x, None)
-        return sge_plain.gates(x, self.weight, self.bias, self.eps)
+        return sge_plain.gates(x, self.weight, self.bias, self.eps, self.normalize)
 
     def extra_repr(self) -> str:
-        return f"groups={self.groups}, eps={self.eps}"
+        return f"groups={self.groups}, eps={self.eps}{'' if self.normalize else ', normalize=False'}"
 
     def _check(self, x: Tensor, shortcut: Tensor | None) -> None:
         if x.dim() != 4:
@@ -119,8 +122,8 @@ class SpatialGroupEnhance(nn.Module):
             _has_hooks(self)  # compiled code is made anew only where what was asked for has changed
         weight, bias, eps = self.weight, self.bias, self.eps
         tensors = [tensor for tensor in (x, shortcut, weight, bias) if tensor is not None]
-        if _must_see_operators(*tensors):
-            return sge_plain.enhance(x, shortcut, weight, bias, eps)
+        if not self.normalize or _must_see_operators(*tensors):
+            return sge_plain.enhance(x, shortcut, weight, bias, eps, self.normalize)
         if shortcut is not None and shortcut.dtype != x.dtype:
             dtype = torch.promote_types(x.dtype, shortcut.dtype)
             x, shortcut = x.to(dtype), shortcut.to(dtype)

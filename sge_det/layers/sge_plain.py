@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 
-def gates(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def gates(x: Tensor, weight: Tensor, bias: Tensor, eps: float, normalize: bool = True) -> Tensor:
     """The gates sigmoid(a) of eq. 5.
 
     Args:
         x: (N, C, H, W), floating point.
         weight, bias: gamma and beta of eq. 4, (1, G, 1, 1); G divides C.
         eps: of eq. 3.
+        normalize: False leaves eq. 3 out (the paper's ablation, table 3): t = s.
 
     Returns:
         (N, G, H, W), float64 for float64 input, else float32.
@@ -24,6 +25,8 @@ def gates(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     freedom = torch.ones_like(x[:1, :1], dtype=compute).sum((2, 3), keepdim=True) - 1
     vectors = x.to(compute).unflatten(1, (weight.shape[1], -1))
     g = vectors.mean((3, 4), keepdim=True)
+    if not normalize:
+        return torch.sigmoid((vectors * g).sum(2) * weight.to(compute) + bias.to(compute))
     # t does not change when u, std and eps are all multiplied by one number. Where activations are large, one that
     # makes u a moderate number keeps its squares from overflowing.
     scale = g.detach().abs().amax(2, keepdim=True).clamp(min=1).reciprocal()
@@ -40,8 +43,10 @@ def gates(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return torch.sigmoid(t * weight.to(compute) + bias.to(compute))
 
 
-def enhance(x: Tensor, shortcut: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def enhance(
+    x: Tensor, shortcut: Tensor | None, weight: Tensor, bias: Tensor, eps: float, normalize: bool = True
+) -> Tensor:
     """SGE(x), or relu(SGE(x) + shortcut) where a shortcut (N, C, H, W) is given; arguments as in :func:`gates`."""
-    found = gates(x, weight, bias, eps).to(x.dtype).unsqueeze(2)
+    found = gates(x, weight, bias, eps, normalize).to(x.dtype).unsqueeze(2)
     y = (x.unflatten(1, (weight.shape[1], -1)) * found).flatten(1, 2)
     return y if shortcut is None else torch.relu(y + shortcut)

@@ -34,22 +34,42 @@ class Attention:
     build: Callable[[int], nn.Module]
 
 
-def sge_attention(groups: int = 64, init: Sequence[float] = (0.0, 1.0), kernel: str = "eager") -> Attention:
+def sge_attention(
+    groups: int = 64,
+    init: Sequence[float] = (0.0, 1.0),
+    kernel: str = "eager",
+    *,
+    constant: bool = False,
+    normalize: bool = True,
+) -> Attention:
     """SGE as blocks take it; can be pickled, and written into a lazy config.
 
     Args:
         groups: channel groups of each layer; must divide the block's output channels.
         init: start values of weight (gamma) and bias (beta).
-        kernel: as in ``SpatialGroupEnhance``.
+        kernel, normalize: as in ``SpatialGroupEnhance``.
+        constant: gamma is held at its start, so that with 0 the gates are the same all over a map.
     """
-    return Attention(SGE_NAME, functools.partial(_build_sge, groups=groups, init=tuple(init), kernel=kernel))
+    build = functools.partial(
+        _build_sge, groups=groups, init=tuple(init), kernel=kernel, constant=constant, normalize=normalize
+    )
+    return Attention(SGE_NAME, build)
 
 
-def _build_sge(channels: int, *, groups: int, init: tuple[float, float], kernel: str) -> SpatialGroupEnhance:
+def _build_sge(
+    channels: int,
+    *,
+    groups: int,
+    init: tuple[float, float],
+    kernel: str,
+    constant: bool,
+    normalize: bool,
+) -> SpatialGroupEnhance:
     if groups < 1 or channels % groups:
         raise UserError(f"{groups} groups do not divide the block's {channels} channels: give a divisor of them")
-    layer = SpatialGroupEnhance(groups, kernel=kernel)
+    layer = SpatialGroupEnhance(groups, kernel=kernel, normalize=normalize)
     start_sge(layer, init)
+    layer.weight.requires_grad_(not constant)
     return layer
 
 
@@ -59,6 +79,13 @@ def start_sge(model: nn.Module, init: Sequence[float]) -> None:
         if isinstance(layer, SpatialGroupEnhance):
             nn.init.constant_(layer.weight, init[0])
             nn.init.constant_(layer.bias, init[1])
+
+
+def hold_gates_constant(model: nn.Module) -> None:
+    """Sets gamma of all SGE layers of ``model`` to 0: the same gate all over a map (``MODEL.SGE.CONSTANT``)."""
+    for layer in model.modules():
+        if isinstance(layer, SpatialGroupEnhance):
+            nn.init.zeros_(layer.weight)
 
 
 class _Attentive:

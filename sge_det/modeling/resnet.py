@@ -37,7 +37,9 @@ def build_attention(cfg: CfgNode, stage: str, channels: int) -> Attention | None
             f"MODEL.SGE.GROUPS = {options.groups} does not divide the {channels} channels of {stage}: "
             "set a divisor of them, or leave the stage out of MODEL.SGE.STAGES"
         )
-    return sge_attention(options.groups, options.init, options.kernel)
+    return sge_attention(
+        options.groups, options.init, options.kernel, constant=options.constant, normalize=options.normalize
+    )
 
 
 def _rival(kind: str, channels: int) -> nn.Module:

@@ -80,6 +80,49 @@ def test_sge_fixed_holds_its_gates(models):
         assert (bias == 0.5).all()
 
 
+def test_sge_constant_learns_beta_alone(models):
+    config, model = models["sge-constant"]
+    optimizer = build_optimizer(config, model)
+    layers = [module for module in model.modules() if isinstance(module, SpatialGroupEnhance)]
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator) if parameter.requires_grad else None
+    optimizer.step()
+    assert layers
+    for layer in layers:
+        assert (layer.weight == 0).all()
+        assert (layer.bias != 0.5).all()
+        x = torch.randn(2, 2 * layer.groups, 5, 7, generator=generator)
+        gates = torch.sigmoid(layer.bias).repeat_interleave(2, 1)
+        torch.testing.assert_close(layer(x), x * gates)
+
+
+def test_sge_constant_drops_the_gamma_of_its_weights_and_keeps_beta(cfg, models, tmp_path):
+    trained = models["sge"][1].state_dict()
+    trained |= {key: torch.full_like(value, 0.75) for key, value in trained.items() if ".sge." in key}
+    torch.save({"model": trained}, tmp_path / "trained.pth")
+    base = cfg.clone()
+    base.MODEL.WEIGHTS, base.OUTPUT_DIR = str(tmp_path / "trained.pth"), str(tmp_path)
+    trainer = Trainer(choose_arms(base, ["plain", "sge-constant"])[1].config(base))
+    trainer.resume_or_load(resume=False)
+    for key, value in trainer.model.state_dict().items():
+        expected = torch.zeros_like(value) if key.endswith("sge.weight") else trained[key]
+        assert torch.equal(value, expected), key
+
+
+def test_ablations_are_arms(cfg):
+    arms = choose_arms(
+        cfg,
+        ["sge", "raw"],
+        [["raw", "MODEL.SGE.NORMALIZE", "False"], ["ones", "MODEL.SGE.INIT", "[1.0, 1.0]"]],
+    )
+    layers = [
+        [m for m in build_seeded_model(arm.config(cfg)).modules() if isinstance(m, SpatialGroupEnhance)] for arm in arms
+    ]
+    assert [{layer.normalize for layer in found} for found in layers] == [{True}, {False}, {True}]
+    assert all((layer.weight == 1).all() and (layer.bias == 1).all() for layer in layers[2])
+
+
 def test_custom_arms(cfg):
     arms = choose_arms(
         cfg, ["plain", "wide"], [["wide", "MODEL.SGE.GROUPS", "32"], ["late", "MODEL.SGE.STAGES", "['res5']"]]
@@ -101,6 +144,12 @@ def test_custom_arms(cfg):
         (["plain", "sge"], [["x", "MODEL.SGE.GROPS", "1"]], "arm x: .*did you mean MODEL.SGE.GROUPS"),
         (["plain", "sge"], [["x", "MODEL.SGE.GROUPS"]], "arm x: .*has no value"),
         (["plain", "sge"], [["x", "MODEL.SGE.GROUPS", "16"]], "sge and x are the same config"),
+        (["plain", "x"], [["x", "MODEL.SGE.CONSTANT", "True"]], "arm x: .*CONSTANT holds gamma at 0, but INIT"),
+        (
+            ["plain", "x"],
+            [["x", "MODEL.SGE.NORMALIZE", "False", "MODEL.SGE.KERNEL", "triton"]],
+            "arm x: .*NORMALIZE False goes with the KERNEL 'eager' alone",
+        ),
     ],
 )
 def test_bad_arms(cfg, names, custom, words):

@@ -321,6 +321,25 @@ def test_observers_see_the_input_of_layer_and_tail():
     assert seen[0] is x and seen[1] is x and not torch.equal(x, before)
 
 
+@pytest.mark.parametrize("tail", [False, True])
+def test_without_normalisation_the_similarities_are_the_gates_logits(tail):
+    x, shortcut = random(2, 6, 4, 5), random(2, 6, 4, 5, seed=1)
+    layer = SpatialGroupEnhance(3, normalize=False).double()
+    layer.weight.data.copy_(random(1, 3, 1, 1, seed=2))
+    v = x.numpy().reshape(2, 3, 2, 4, 5)
+    s = (v * v.mean((3, 4), keepdims=True)).sum(2)
+    a = layer.weight.detach().numpy() * s + 1
+    y = (v / (1 + np.exp(-a))[:, :, None]).reshape(2, 6, 4, 5)
+    expected = np.maximum(y + shortcut.numpy(), 0) if tail else y
+    x.requires_grad_()
+    found = layer.residual(x, shortcut) if tail else layer(x)
+    np.testing.assert_allclose(found.detach().numpy(), expected, atol=1e-12)
+    np.testing.assert_allclose(layer.gates(x).detach().numpy(), 1 / (1 + np.exp(-a)), atol=1e-12)
+    assert torch.autograd.gradcheck(layer, (x,))
+    scripted = torch.jit.script(layer)
+    torch.testing.assert_close(scripted(x), layer(x))
+
+
 def test_gates():
     layer, x = make_layer(2), random(2, 6, 3, 5)
     gates = layer.gates(x)
