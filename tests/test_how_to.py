@@ -1,0 +1,127 @@
+"""What the pages on one question tell people to type does what they say."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import ROOT, TINY
+
+PAGES = sorted((ROOT / "docs/how_to").glob("*.md"))
+# what a person would wait for: a whole training on large images
+SHORT = ["SOLVER.MAX_ITER", "1", "DATALOADER.NUM_WORKERS", "0", "TEST.DETECTIONS_PER_IMAGE", "5"]
+
+
+def blocks_of(page, language):
+    text = (ROOT / "docs/how_to" / page).read_text(encoding="utf-8")
+    blocks = re.findall(rf"<!-- tested: {language} -->\n```{language}\n(.*?)```", text, re.S)
+    assert blocks
+    return blocks
+
+
+def commands(page):
+    lines = "\n".join(blocks_of(page, "bash")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line) for line in lines if line.strip()]
+
+
+@pytest.fixture
+def work(tmp_path, sample):
+    """What the pages take to be there: the project's folders, train.json, val.json and images."""
+    for name in ("tools", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "images").mkdir()
+    for split in ("train", "val"):
+        data = json.loads((sample / f"annotations/instances_{split}.json").read_text())
+        for image in data["images"]:
+            file = sample / split / image["file_name"]
+            image["file_name"] = f"{split}_{file.name}"
+            shutil.copyfile(file, tmp_path / "images" / image["file_name"])
+        (tmp_path / f"{split}.json").write_text(json.dumps(data))
+    return tmp_path
+
+
+def run(command, work):
+    assert command[0] == "python"
+    done = subprocess.run(
+        [sys.executable, *command[1:]], cwd=work, env=os.environ, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, f"{command}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+    return done.stdout
+
+
+def test_every_marked_block_is_of_a_page_that_is_tested():
+    marked = [page.name for page in PAGES if "<!-- tested: " in page.read_text(encoding="utf-8")]
+    assert marked == ["my_backbone.md", "my_weights.md", "other_formats.md", "read_a_report.md"]
+
+
+def test_my_backbone(capsys):
+    for code in blocks_of("my_backbone.md", "python"):
+        names = {}
+        exec(compile(code, "my_backbone.md", "exec"), names)
+        if "y" in names:
+            assert names["y"].shape == (2, 256, 50, 68)
+    assert capsys.readouterr().out.count("Insertion(") == 16  # a ResNet-50's blocks
+
+
+def test_my_weights(work):
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet50().state_dict(), work / "resnet50.pth")
+    *prepare, train = commands("my_weights.md")
+    printed = [run(command, work) for command in prepare]
+    assert ": 0 errors, " in printed[-1]
+    run([*train, *TINY, *SHORT, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "8"], work)
+    assert (work / "output/model_final.pth").is_file()
+
+
+def test_other_formats(work, monkeypatch):
+    before = json.loads((work / "train.json").read_text())
+    (work / "yolo").mkdir()
+    (work / "images").rename(work / "yolo/images")
+    (work / "yolo/labels").mkdir()
+    places = {category["id"]: place for place, category in enumerate(before["categories"])}
+    (work / "yolo/data.yaml").write_text(f"names: {[category['name'] for category in before['categories']]}")
+    for image in before["images"]:
+        lines = []
+        for entry in before["annotations"]:
+            if entry["image_id"] == image["id"]:
+                left, top, width, height = entry["bbox"]
+                sides = (left + width / 2) / image["width"], (top + height / 2) / image["height"]
+                sides += width / image["width"], height / image["height"]
+                lines.append(" ".join(map(str, (places[entry["category_id"]], *sides))))
+        (work / "yolo/labels" / f"{Path(image['file_name']).stem}.txt").write_text("\n".join(lines))
+    (code,) = blocks_of("other_formats.md", "python")
+    monkeypatch.chdir(work)
+    exec(compile(code, "other_formats.md", "exec"), {})
+    after = json.loads((work / "mine/train.json").read_text())
+    assert [category["name"] for category in after["categories"]] == [c["name"] for c in before["categories"]]
+    boxes = [np.array(sorted(entry["bbox"] for entry in data["annotations"])) for data in (before, after)]
+    np.testing.assert_allclose(boxes[1], boxes[0], atol=0.01)
+    (check,) = commands("other_formats.md")
+    assert ": 0 errors, " in run(check, work)
+
+
+def test_read_a_report(work):
+    truth = json.loads((work / "val.json").read_text())
+    for arm in ("plain", "mine"):
+        for seed in (0, 1):
+            found = [
+                {
+                    "image_id": entry["image_id"],
+                    "category_id": entry["category_id"],
+                    "bbox": [side + (seed + 2 * (arm == "plain")) for side in entry["bbox"]],
+                    "score": 0.9 - 0.001 * place,
+                }
+                for place, entry in enumerate(truth["annotations"])
+            ]
+            (work / f"{arm}_{seed}.json").write_text(json.dumps(found))
+    (command,) = commands("read_a_report.md")
+    assert "undecided" in run(command, work).lower()
+    assert {"report.html", "report.md", "report.json", "metrics.csv"} <= set(os.listdir(work / "output/compare"))
