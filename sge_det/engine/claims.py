@@ -40,14 +40,19 @@ def claimed(cfg: CfgNode, *, resume: bool = False, overwrite: bool = False) -> I
             if resume and overwrite:
                 raise UserError("--resume goes on with a run and --overwrite removes it: give one of them")
             make_folder(folder)
-            stack.enter_context(_locked(folder))
+            stack.enter_context(locked(folder))
             _prepare(cfg, folder, resume, overwrite)
         comm.synchronize()
         yield
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
+    """Holds ``folder`` against other processes.
+
+    Raises:
+        UserError: another has it, or it cannot be written.
+    """
     lock = filelock.FileLock(folder / LOCK_FILE)
     try:
         lock.acquire(blocking=False)
