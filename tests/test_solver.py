@@ -77,7 +77,9 @@ def test_sge_parameters_can_have_a_decay_of_their_own(factor):
 
 def test_adamw_steps_as_torchs_own_with_the_decays_of_the_config():
     overrides = ["SOLVER.OPTIMIZER", "ADAMW", "SOLVER.WEIGHT_DECAY", "0.1", "SOLVER.WEIGHT_DECAY_NORM", "0.0"]
-    cfg = sge_det.get_config("sample/faster_rcnn_SGE_R_50_FPN.yaml", [*overrides, "SOLVER.BASE_LR", "0.01"])
+    cfg = sge_det.get_config(
+        "sample/faster_rcnn_SGE_R_50_FPN.yaml", [*overrides, "SOLVER.BASE_LR", "0.01", "MODEL.SGE.LR_FACTOR", "1.0"]
+    )
     net = Net()
     optimizer = build_optimizer(cfg, net)
     before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
