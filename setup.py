@@ -33,7 +33,11 @@ setup(
     # configs/ of the checkout is sge_det/configs/ of the installed package
     packages=[*find_packages(include=["sge_det", "sge_det.*"]), "sge_det.configs"],
     package_dir={"sge_det.configs": "configs"},
-    package_data={"sge_det.configs": sorted(p.relative_to(CONFIGS).as_posix() for p in CONFIGS.rglob("*.yaml"))},
+    package_data={
+        "sge_det.configs": sorted(
+            p.relative_to(CONFIGS).as_posix() for end in ("yaml", "py") for p in CONFIGS.rglob(f"*.{end}")
+        )
+    },
     # Not torch, torchvision, numpy or Detectron2: they are the user's, in the builds the user chose. Detectron2 also
     # has no one name under which all its users have it. What is listed accepts the numpy that is there.
     install_requires=[

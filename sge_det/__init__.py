@@ -15,7 +15,7 @@ from .modeling.blocks import (
     sge_attention,
 )
 from .modeling.gates import record_gates
-from .modeling.insert import Insertion, insert_sge
+from .modeling.insert import Insertion, insert_sge, with_sge
 from .modeling.resnet import (
     build_retinanet_sge_resnet_fpn_backbone,
     build_sge_resnet_backbone,
@@ -52,4 +52,5 @@ __all__ = [
     "record_gates",
     "scale_sge_lr",
     "sge_attention",
+    "with_sge",
 ]

@@ -1,5 +1,6 @@
 """The ``MODEL.SGE`` keys, and the configs that travel with the package."""
 
+import builtins
 import difflib
 import os
 import re
@@ -10,8 +11,9 @@ from typing import Any
 
 import detectron2
 import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode, LazyConfig, get_cfg
 from detectron2.config.compat import downgrade_config, guess_version, upgrade_config
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from .errors import UserError
 from .layers.attention import ATTENTIONS, SGE
@@ -186,13 +188,22 @@ def get_config_file(name: str) -> str:
     for folder in (*_CONFIG_DIRS, _ZOO):
         if (folder / name).is_file():
             return str(folder / name)
-    known = sorted({str(path.relative_to(d)) for d in (*_CONFIG_DIRS, _ZOO) for path in d.rglob("*.yaml")})
+    folders = (*_CONFIG_DIRS, _ZOO)
+    known = sorted(
+        {str(path.relative_to(d)) for d in folders for end in ("yaml", "py") for path in d.rglob(f"*.{end}")}
+    )
     raise UserError(f"sge_det has no config {name!r}{_nearest(name, known)}")
 
 
-def get_config(name: str, overrides: list[str] | tuple[str, ...] = ()) -> CfgNode:
-    """The full config of one that comes with sge_det, ready for ``build_model``; see :func:`get_config_file`."""
-    return load_config(get_config_file(name), overrides)
+def get_config(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Any:
+    """The full config of one that comes with sge_det; see :func:`get_config_file`.
+
+    Returns:
+        of a YAML config a ``CfgNode``, ready for ``build_model``; of a lazy one ("lazy/...py", whose overrides are
+        "key=value") a ``DictConfig``, whose parts go to ``instantiate``.
+    """
+    path = get_config_file(name)
+    return load_lazy_config(path, overrides) if path.endswith(".py") else load_config(path, overrides)
 
 
 def find_config(path: str) -> str:
@@ -215,6 +226,8 @@ def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> CfgNo
         UserError: the file, a key or a value is wrong; names it.
     """
     path = find_config(path)
+    if path.endswith(".py"):
+        raise UserError(f"{path} is a lazy config, a program: tools/lazy_train_net.py trains it, this takes YAML")
     cfg = get_cfg()
     add_sge_config(cfg)
     try:
@@ -236,6 +249,66 @@ def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> CfgNo
     skip_nonfinite(cfg)
     loader_timeout(cfg)
     return cfg
+
+
+def load_lazy_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> DictConfig:
+    """Runs a lazy config, a Python file, or reads one that ``LazyConfig.save`` wrote.
+
+    Args:
+        path: the file, or the name of one that comes with sge_det ("lazy/...py").
+        overrides: "key=value" in Hydra's grammar, "+key=value" for a key that is not there.
+
+    Raises:
+        UserError: the file fails, or a key or a value is wrong; names it.
+    """
+    path = find_config(path)
+    importer = builtins.__import__
+    try:
+        cfg = LazyConfig.load(path)
+    except UserError:
+        raise
+    except Exception as error:  # a program fails in any way
+        raise UserError(f"{path} is no lazy config that runs ({type(error).__name__}: {error})") from error
+    finally:
+        builtins.__import__ = importer  # which Detectron2 leaves replaced where the file fails
+    if not isinstance(cfg, DictConfig):
+        raise UserError(f"{path} is no lazy config: it holds no keys with values")
+    for override in overrides:
+        _override_lazy(cfg, override)
+    return cfg
+
+
+def _override_lazy(cfg: DictConfig, override: str) -> None:
+    key, equals, _ = override.partition("=")
+    if not equals:
+        raise UserError(f"overrides of a lazy config come as key=value, but {override!r} has no value")
+    name = key.removeprefix("+")
+    parent, _, last = name.rpartition(".")
+    try:
+        node = OmegaConf.select(cfg, parent) if parent else cfg
+        if not key.startswith("+") and (node is None or last not in _lazy_names(node)):
+            near = _nearest(name, _lazy_keys(cfg))
+            raise UserError(f"there is no config key {name}{near or f': +{override} adds it'}")
+        LazyConfig.apply_overrides(cfg, [override])
+    except UserError:
+        raise
+    except Exception as error:  # of Hydra's grammar and OmegaConf's checks, a dozen kinds
+        raise UserError(f"{override}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _lazy_names(node: Any) -> list[str]:
+    if isinstance(node, ListConfig):
+        return [str(place) for place in range(len(node))]
+    return [str(name) for name in node] if isinstance(node, DictConfig) else []
+
+
+def _lazy_keys(cfg: Any, prefix: str = "") -> list[str]:
+    keys = []
+    for name in _lazy_names(cfg):
+        keys.append(prefix + name)
+        value = cfg._get_node(int(name) if isinstance(cfg, ListConfig) else name)
+        keys += _lazy_keys(value, f"{prefix}{name}.")
+    return keys
 
 
 def _merge(cfg: CfgNode, loaded: CfgNode, path: str) -> None:

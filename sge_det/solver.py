@@ -1,5 +1,7 @@
 """The optimizer: a learning rate of their own for SGE's parameters, and the clipping of the paper's recipe."""
 
+from collections.abc import Iterable
+
 import torch
 from detectron2.config import CfgNode
 from detectron2.solver import build_optimizer as build_plain_optimizer
@@ -55,6 +57,22 @@ def clip_whole_gradient(optimizer: torch.optim.Optimizer, max_norm: float, norm_
         torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
 
     optimizer.register_step_pre_hook(clip)
+
+
+def build_clipped(
+    params: Iterable, optimizer: type[torch.optim.Optimizer] = torch.optim.SGD, max_norm: float = 35.0, **kwargs
+) -> torch.optim.Optimizer:
+    """An optimizer that clips as :func:`clip_whole_gradient`, for lazy configs.
+
+    Args:
+        params: parameters, or groups of them.
+        optimizer: its class.
+        max_norm: the largest L2 norm of the gradient of all parameters together.
+        kwargs: the optimizer's.
+    """
+    made = optimizer(params, **kwargs)
+    clip_whole_gradient(made, max_norm)
+    return made
 
 
 def scale_sge_lr(

@@ -18,6 +18,7 @@ import sge_det
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements"
 NAME = "COCO-Detection/faster_rcnn_SGE_R_50_FPN_2x.yaml"
+LAZY = "lazy/COCO-Detection/faster_rcnn_SGE_R_50_FPN_2x.py"
 THE_USERS = {"torch", "torchvision", "numpy", "detectron2", "sal-detectron2"}  # in the builds the user chose
 
 
@@ -56,12 +57,12 @@ def wheel(source):
 def test_wheel_holds_every_config_and_nothing_else_of_the_checkout(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    configs = {p.relative_to(ROOT / "configs").as_posix() for p in (ROOT / "configs").rglob("*.yaml")}
-    assert NAME in configs
-    assert {n.removeprefix("sge_det/configs/") for n in names if n.endswith(".yaml")} == configs
+    configs = {p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").rglob("*.*") if p.suffix in (".yaml", ".py")}
+    assert {f"configs/{NAME}", f"configs/{LAZY}"} <= configs
+    assert {n.removeprefix("sge_det/") for n in names if n.startswith("sge_det/configs/")} == configs
     assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"sge_det"}
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "sge_det").rglob("*.py")}
-    assert {n for n in names if n.endswith(".py")} == modules
+    assert {n for n in names if n.endswith(".py") and not n.startswith("sge_det/configs/")} == modules
 
 
 def test_requirements_leave_torch_and_detectron2_to_the_user(wheel):
@@ -100,14 +101,16 @@ def test_installed_wheel_finds_its_configs(wheel, tmp_path):
     script = f"""
 import json, sge_det
 cfg = sge_det.get_config({NAME!r})
-print(json.dumps([sge_det.__file__, sge_det.get_config_file({NAME!r}), cfg.MODEL.BACKBONE.NAME, cfg.MODEL.SGE.ENABLED]))
+print(json.dumps([sge_det.__file__, sge_det.get_config_file({NAME!r}), cfg.MODEL.BACKBONE.NAME, cfg.MODEL.SGE.ENABLED,
+                  sge_det.get_config({LAZY!r}).model.backbone.bottom_up.stages.groups]))
 """
     done = run(python, "-I", "-W", "ignore", "-c", script, cwd=elsewhere)
-    module, config, backbone, enabled = json.loads(done.stdout.splitlines()[-1])
+    module, config, backbone, enabled, groups = json.loads(done.stdout.splitlines()[-1])
     assert Path(module).is_relative_to(site)
     assert Path(config).is_relative_to(site / "sge_det" / "configs")
     assert backbone == "build_sge_resnet_fpn_backbone"
     assert enabled is True
+    assert groups == 64
 
 
 def locked(name):

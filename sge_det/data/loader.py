@@ -7,7 +7,7 @@ import itertools
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -61,19 +61,52 @@ def build_train_loader(cfg: CfgNode, seed: int) -> "ReplayableLoader":
         raise UserError(
             f"DATALOADER.SAMPLER_TRAIN {name} is not supported: set TrainingSampler or RepeatFactorTrainingSampler"
         )
-    world = comm.get_world_size()
-    if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % world:
-        raise UserError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is not a multiple of the {world} processes")
-    wide = None
-    if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
-        wide = [_is_wide(d) for d in dicts]
-    return ReplayableLoader(
-        _SeededDataset(DatasetFromList(dicts, copy=False), DatasetMapper(cfg, is_train=True), seed),
+    return seeded_loader(
+        dicts,
+        DatasetMapper(cfg, is_train=True),
         sampler,
-        cfg.SOLVER.IMS_PER_BATCH // world,
-        wide=wide,
+        seed,
+        cfg.SOLVER.IMS_PER_BATCH,
+        by_aspect=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         timeout=cfg.DATALOADER.get("TIMEOUT", 0),
+    )
+
+
+def seeded_loader(
+    dicts: list[dict],
+    mapper: Callable[[dict], dict],
+    sampler: Iterable[int],
+    seed: int,
+    batch_size: int,
+    *,
+    by_aspect: bool = True,
+    num_workers: int = 0,
+    timeout: int = 0,
+) -> "ReplayableLoader":
+    """A training loader, with the order of ``sampler`` and the augmentations that ``seed`` determines.
+
+    Args:
+        dicts: the images in Detectron2's format.
+        mapper: from such a dict to an example.
+        sampler: yields indices of ``dicts`` without end, this process's share of them.
+        batch_size: of all processes together.
+        by_aspect: batches hold images that are wide, or images that are not.
+        num_workers, timeout: as in :class:`ReplayableLoader`.
+
+    Raises:
+        UserError: the batch cannot be divided among the processes.
+    """
+    world = comm.get_world_size()
+    if batch_size < 1 or batch_size % world:
+        raise UserError(f"SOLVER.IMS_PER_BATCH {batch_size} is not a multiple of the {world} processes")
+    return ReplayableLoader(
+        _SeededDataset(DatasetFromList(dicts, copy=False), mapper, seed),
+        sampler,
+        batch_size // world,
+        wide=[_is_wide(d) for d in dicts] if by_aspect else None,
+        num_workers=num_workers,
+        timeout=timeout,
     )
 
 

@@ -1,9 +1,10 @@
 """A folder belongs to one run: none is written over by accident, none goes on as another."""
 
 import contextlib
+import functools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import filelock
@@ -22,6 +23,10 @@ LOCK_FILE = ".run.lock"
 _CHANGEABLE_KEYS = ("SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.SKIP_NONFINITE", "MODEL.DEVICE")
 
 
+def _is_changeable(key: str) -> bool:
+    return key in _CHANGEABLE_KEYS or key.startswith("TEST.")
+
+
 @contextlib.contextmanager
 def claimed(cfg: CfgNode, *, resume: bool = False, overwrite: bool = False) -> Iterator[None]:
     """Holds ``OUTPUT_DIR`` for the run of ``cfg``, in all its processes at once.
@@ -34,14 +39,37 @@ def claimed(cfg: CfgNode, *, resume: bool = False, overwrite: bool = False) -> I
         UserError: it holds a run, and neither is said; or the run that should go on was made from something else; or
             another process is training there.
     """
-    folder = Path(cfg.OUTPUT_DIR)
+    with claimed_folder(cfg.OUTPUT_DIR, functools.partial(_made_from, cfg), resume=resume, overwrite=overwrite):
+        yield
+
+
+def _made_from(cfg: CfgNode) -> dict:
+    return fingerprint(cfg, Contents(coco_only=False), comm.get_world_size())
+
+
+@contextlib.contextmanager
+def claimed_folder(
+    folder: str | Path,
+    made_from: Callable[[], dict],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    changeable: Callable[[str], bool] = _is_changeable,
+) -> Iterator[None]:
+    """:func:`claimed` for runs of any kind.
+
+    Args:
+        made_from: returns the run's fingerprint.
+        changeable: says of a key whether it may change on the way.
+    """
+    folder = Path(folder)
     with contextlib.ExitStack() as stack:
         if comm.is_main_process():
             if resume and overwrite:
                 raise UserError("--resume goes on with a run and --overwrite removes it: give one of them")
             make_folder(folder)
             stack.enter_context(locked(folder))
-            _prepare(cfg, folder, resume, overwrite)
+            _prepare(folder, made_from(), resume, overwrite, changeable)
         comm.synchronize()
         yield
 
@@ -66,13 +94,12 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _prepare(cfg: CfgNode, folder: Path, resume: bool, overwrite: bool) -> None:
-    made_from = fingerprint(cfg, Contents(coco_only=False), comm.get_world_size())
+def _prepare(folder: Path, made_from: dict, resume: bool, overwrite: bool, changeable: Callable[[str], bool]) -> None:
     found = folder_holds(folder)
     if found and overwrite:
         remove_run(folder)
     elif found and resume:
-        _compare(folder, made_from)
+        _compare(folder, made_from, changeable)
     elif found:
         raise UserError(
             f"{folder} holds a run ({found}): give the same command with --resume to go on with it or with "
@@ -101,7 +128,7 @@ def remove_run(folder: Path) -> None:
         remove_file(folder / name)
 
 
-def _compare(folder: Path, made_from: dict) -> None:
+def _compare(folder: Path, made_from: dict, changeable: Callable[[str], bool]) -> None:
     path = folder / FINGERPRINT_FILE
     try:
         found = json.loads(path.read_bytes())
@@ -112,7 +139,10 @@ def _compare(folder: Path, made_from: dict) -> None:
         return
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path} cannot be read ({error}): remove it to go on without this check") from error
-    counted = [{**made, "config": _fixed(made["config"])} for made in (found, made_from)]
+    counted = [
+        {**made, "config": {key: value for key, value in made["config"].items() if not changeable(key)}}
+        for made in (found, made_from)
+    ]
     here = {key: counted[1][key] for key in ("version", "source", "processes")}
     difference = next(differences(counted[0] | here, counted[1]), None)
     if difference:
@@ -122,7 +152,3 @@ def _compare(folder: Path, made_from: dict) -> None:
         )
     for change in differences(counted[1] | {key: found.get(key, {}) for key in here}, counted[1]):
         logger.warning(f"the run goes on, but not to the bit as it would have: it was made with {change}")
-
-
-def _fixed(config: dict) -> dict:
-    return {key: value for key, value in config.items() if key not in _CHANGEABLE_KEYS and not key.startswith("TEST.")}

@@ -39,9 +39,16 @@ def fingerprint(cfg: CfgNode, contents: "Contents", processes: int, imports: Seq
     Raises:
         UserError: a file cannot be read.
     """
+    return fingerprint_of(what_counts(cfg), contents.of(cfg), processes, imports)
+
+
+def fingerprint_of(
+    config: dict[str, str], content: dict[str, str], processes: int, imports: Sequence[str] = ()
+) -> dict:
+    """:func:`fingerprint` of a run whose keys and files have been read already."""
     return {
-        "config": what_counts(cfg),
-        "content": contents.of(cfg),
+        "config": config,
+        "content": content,
         "version": {
             "sge_det": __version__,
             "Detectron2": detectron2.__version__,
@@ -84,8 +91,11 @@ class Contents:
 
     def of(self, cfg: CfgNode) -> dict[str, str]:
         """The hashes of what ``cfg`` trains from, by name."""
-        hashes = {name: self._dataset(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)}
-        weights = cfg.MODEL.WEIGHTS
+        return self.of_names((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST), cfg.MODEL.WEIGHTS)
+
+    def of_names(self, datasets: Sequence[str], weights: str) -> dict[str, str]:
+        """The hashes of data sets and of a weights file, where that is one, by name."""
+        hashes = {name: self._dataset(name) for name in datasets}
         if weights and Path(weights).is_file():
             hashes["MODEL.WEIGHTS"] = self._file(weights)
         return hashes

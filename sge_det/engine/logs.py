@@ -6,12 +6,11 @@ import logging
 import sys
 from pathlib import Path
 
-from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.logger import setup_logger
 
-from ..files import cannot_write, write_file
+from ..files import cannot_write
 
 _LOGGERS = ("fvcore", "detectron2", "sge_det")
 
@@ -47,13 +46,18 @@ class LogFile(logging.FileHandler):
             super().close()
 
 
-def start_logs(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Logs to the screen and to ``log.txt`` in ``OUTPUT_DIR``, beside which the config goes.
+def start_logs(folder: str | Path, args: argparse.Namespace, described: str) -> None:
+    """Logs to the screen and to ``log.txt`` in the folder of a run.
+
+    Args:
+        folder: of the run, ``OUTPUT_DIR``.
+        args: of the command.
+        described: the full config.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    folder, rank = Path(cfg.OUTPUT_DIR), comm.get_rank()
+    folder, rank = Path(folder), comm.get_rank()
     log = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,6 +75,4 @@ def start_logs(cfg: CfgNode, args: argparse.Namespace) -> None:
     logger.info(f"Rank of current process: {rank}. World size: {comm.get_world_size()}")
     logger.info("Environment info:\n" + collect_env_info())
     logger.info(f"Command line arguments: {args}")
-    logger.info(f"Running with full config:\n{cfg.dump()}")
-    if comm.is_main_process():
-        write_file(folder / "config.yaml", cfg.dump())
+    logger.info(f"Running with full config:\n{described}")

@@ -6,6 +6,7 @@ import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
@@ -24,6 +25,7 @@ from ..data.datasets import register_sample, use_datasets
 from ..data.loader import EvaluationLoader, ReplayableLoader, build_test_loader, build_train_loader
 from ..errors import Stopped, UserError
 from ..evaluation.coco import build_evaluator
+from ..files import write_file
 from ..modeling.blocks import hold_gates_constant, start_sge
 from ..modeling.gates import GateWriter, sge_layers
 from ..solver import build_optimizer
@@ -121,7 +123,9 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         UserError: the folder cannot be written.
     """
     cfg.freeze()
-    start_logs(cfg, args)
+    start_logs(cfg.OUTPUT_DIR, args, cfg.dump())
+    if comm.is_main_process():
+        write_file(Path(cfg.OUTPUT_DIR, "config.yaml"), cfg.dump())
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
     if not args.eval_only:
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
@@ -187,6 +191,7 @@ class Trainer(DefaultTrainer):
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
+        self.device = cfg.MODEL.DEVICE
         self._is_stopped = False
         self.register_hooks(self.build_hooks())
 
@@ -204,7 +209,7 @@ class Trainer(DefaultTrainer):
         try:
             super().run_step()
         except FloatingPointError as error:
-            self._guard.handle(error, self.iter, self.cfg.MODEL.DEVICE, self.checkpointer.last_good)
+            self._guard.handle(error, self.iter, self.device, self.checkpointer.last_good)
 
     def after_step(self) -> None:
         try:
@@ -304,7 +309,7 @@ def train(cfg: CfgNode, *, resume: bool = False) -> OrderedDict:
         )
         _finish_last_checkpoint(trainer)
         return _test(cfg, trainer.model)
-    with _faults_in_words(cfg), waiting():
+    with faults_in_words(cfg.OUTPUT_DIR), waiting():
         trainer.train()
     results = getattr(trainer, "_last_eval_results", OrderedDict())
     if cfg.TEST.AUG.ENABLED:
@@ -320,18 +325,18 @@ def _finish_last_checkpoint(trainer: Trainer) -> None:
 
 
 @contextlib.contextmanager
-def _faults_in_words(cfg: CfgNode) -> Iterator[None]:
+def faults_in_words(folder: str) -> Iterator[None]:
     """What ends as a sentence ends as one, without the traceback that Detectron2 logs of every error."""
 
     def has_no_sentence(record: logging.LogRecord) -> bool:
-        return not (record.exc_info and in_words(record.exc_info[1], cfg.OUTPUT_DIR))
+        return not (record.exc_info and in_words(record.exc_info[1], folder))
 
     log = logging.getLogger("detectron2.engine.train_loop")
     log.addFilter(has_no_sentence)
     try:
         yield
     except Exception as error:
-        told = in_words(error, cfg.OUTPUT_DIR)
+        told = in_words(error, folder)
         if told is None or told is error:
             raise
         raise told from error
@@ -348,7 +353,7 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> OrderedDict:
     Raises:
         UserError: there are no weights, or they do not fill the model.
     """
-    with _faults_in_words(cfg):
+    with faults_in_words(cfg.OUTPUT_DIR):
         results = _test(cfg, load_model(cfg, resume=resume))
     if comm.is_main_process():
         verify_results(cfg, results)

@@ -251,6 +251,8 @@ def make_sge_stages(
             block_class = locate(block_class)
         except ImportError as error:
             raise UserError(f"the block class {block_class!r} cannot be imported: {error}") from error
+    if depth < 50:
+        kwargs.pop("stride_in_1x1", None)  # basic blocks have no 1x1 convolution
     made = ResNet.make_default_stages(depth, block_class, **kwargs)
     attention = attention or sge_attention(groups)
     result = []

@@ -102,6 +102,12 @@ def insert_sge(
     return [_insert(model, place, groups, transplant) for place in new]
 
 
+def with_sge(model: nn.Module, **kwargs) -> nn.Module:
+    """``model``, after :func:`insert_sge` with ``kwargs``; for lazy configs, around a backbone that others build."""
+    insert_sge(model, **kwargs)
+    return model
+
+
 @dataclass
 class _Place:
     """Where a layer belongs: its block, and the module in it whose output it gates."""

@@ -1,0 +1,6 @@
+from ..common.cascade_rcnn import model
+from ..common.recipe import dataloader, optimizer, schedule, train
+
+dataloader.train.mapper.use_instance_mask = True
+train.max_iter = 146600
+lr_multiplier = schedule(train.max_iter, [117280, 139270])  # 16 and 19 of 20 epochs

@@ -1,0 +1,6 @@
+from ..common.rcnn import model
+from ..common.recipe import dataloader, optimizer, schedule, train
+
+dataloader.train.mapper.use_instance_mask = True
+train.max_iter = 87960
+lr_multiplier = schedule(train.max_iter, [58640, 80630])  # 8 and 11 of 12 epochs

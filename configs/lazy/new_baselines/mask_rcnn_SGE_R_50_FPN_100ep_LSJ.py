@@ -1,0 +1,4 @@
+from ..common.large_scale_jitter import baseline
+
+name = "mask_rcnn_R_50_FPN_100ep_LSJ"
+dataloader, lr_multiplier, model, optimizer, train = baseline(name)

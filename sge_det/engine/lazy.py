@@ -1,0 +1,382 @@
+"""Runs of Detectron2's lazy configs: set up, trained and evaluated with what guards the runs of YAML configs."""
+
+import argparse
+import contextlib
+import functools
+import logging
+import os
+import re
+import tempfile
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data.samplers import TrainingSampler
+from detectron2.engine import HookBase, create_ddp_model, hooks
+from detectron2.engine.defaults import default_writers
+from detectron2.engine.train_loop import AMPTrainer, SimpleTrainer, TrainerBase
+from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
+from detectron2.solver import LRMultiplier
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.registry import locate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from ..checkpoint.checkpointer import Checkpointer, last_checkpoint
+from ..config import LOADER_TIMEOUT, load_lazy_config
+from ..data.datasets import check_datasets, register_dataset, register_sample
+from ..data.loader import EvaluationLoader, map_image, seeded_loader
+from ..errors import UserError
+from ..files import write_file
+from ..modeling.gates import GateWriter, sge_layers
+from .claims import claimed_folder
+from .fingerprint import Contents, fingerprint_of
+from .logs import start_logs
+from .loss_guard import LossGuard
+from .stopping import StopHook, waiting
+from .training import Trainer, faults_in_words
+
+logger = logging.getLogger(__name__)
+
+_SECTIONS = ("model", "optimizer", "lr_multiplier", "dataloader", "train")
+# The sentences of runs name keys of YAML configs; these are a lazy config's for the same.
+_KEYS = {
+    "OUTPUT_DIR": "train.output_dir",
+    "MODEL.WEIGHTS": "train.init_checkpoint",
+    "SOLVER.MAX_ITER": "train.max_iter",
+    "SOLVER.BASE_LR": "optimizer.lr",
+    "SOLVER.IMS_PER_BATCH": "dataloader.train.total_batch_size",
+    "SOLVER.SKIP_NONFINITE": "train.skip_nonfinite",
+    "SOLVER.CLIP_GRADIENTS.ENABLED True": "optimizer._target_=sge_det.solver.build_clipped",
+    "DATALOADER.NUM_WORKERS": "dataloader.train.num_workers",
+    "DATALOADER.TIMEOUT": "train.loader_timeout",
+    "DATASETS.TRAIN": "dataloader.train.dataset.names",
+    "MODEL.SGE.INIT": "its start values",
+    "MODEL.RESNETS.DEPTH": "model.backbone.bottom_up.stages.depth",
+}
+_FREE = re.compile(
+    r"train\.(output_dir|checkpointer|eval_period|log_period|sge_log_period|loader_timeout)\b.*|.*\.num_workers"
+)
+_CHANGEABLE = re.compile(
+    r"train\.(max_iter|device|skip_nonfinite)|lr_multiplier\..*(milestones|num_updates|warmup_length).*"
+    r"|dataloader\.(test|evaluator)\..*"
+)
+
+
+@contextlib.contextmanager
+def lazy_words() -> Iterator[None]:
+    """Within, the sentences of errors name a lazy config's keys."""
+    try:
+        yield
+    except UserError as error:
+        text = re.sub("|".join(map(re.escape, _KEYS)), lambda match: _KEYS[match[0]], str(error))
+        raise type(error)(text) from error
+
+
+def setup_lazy_config(
+    config_file: str,
+    overrides: Sequence[str] = (),
+    datasets: Sequence[Sequence[str]] = (),
+    *,
+    eval_only: bool = False,
+) -> DictConfig:
+    """Reads a lazy config, takes the data sets into it and checks what can be checked before a model is built.
+
+    Besides Detectron2's keys, ``train`` may have ``seed`` (-1: drawn), ``skip_nonfinite`` (0), ``loader_timeout`` (600
+    seconds) and ``sge_log_period`` (200).
+
+    Args:
+        config_file: a Python file, or the name of one that comes with sge_det.
+        overrides: "key=value" ...
+        datasets: (name, annotation JSON, image folder) triples to register; "train" in a name makes it a training set.
+        eval_only: nothing will be trained, so that the training set need not be there.
+
+    Returns:
+        the config; ``train.device`` is "cpu" where there is no GPU.
+
+    Raises:
+        UserError: anything in it that cannot work, in one sentence.
+    """
+    if not config_file:
+        raise UserError("give a lazy config with --config-file, lazy/COCO-Detection/faster_rcnn_SGE_R_50_FPN_1x.py")
+    register_sample()
+    cfg = load_lazy_config(config_file, list(overrides))
+    lacking = [name for name in _SECTIONS if name not in cfg]
+    if lacking:
+        raise UserError(f"{config_file} has no {lacking[0]!r}: a run needs {', '.join(_SECTIONS)}")
+    train = cfg.train
+    if str(train.device).startswith("cuda") and not torch.cuda.is_available():
+        train.device = "cpu"
+    if train.amp.enabled and train.device == "cpu":
+        raise UserError("train.amp.enabled=True needs a GPU: give train.amp.enabled=False")
+    path = train.init_checkpoint
+    if path and "://" not in path and not os.path.isfile(path):
+        raise UserError(
+            f"train.init_checkpoint {path:.300} is not there: put the weights there (see 'Weights' in the README), "
+            "name others, or train from scratch with train.init_checkpoint=''"
+        )
+    _use_datasets(cfg, datasets, eval_only)
+    return cfg
+
+
+def _use_datasets(cfg: DictConfig, datasets: Sequence[Sequence[str]], eval_only: bool) -> None:
+    found = {name: register_dataset(name, json_file, images) for name, json_file, images in datasets}
+    if found:
+        train = [name for name in found if "train" in name] or list(found)[:1]
+        cfg.dataloader.train.dataset.names = train
+        cfg.dataloader.test.dataset.names = [name for name in found if name not in train] or train
+        _set_classes(cfg.model, len(next(iter(found.values())).content["categories"]))
+    check_datasets(dataset_names(cfg, eval_only=eval_only))
+
+
+def _set_classes(model: DictConfig, number: int) -> None:
+    for section in (model, model.get("roi_heads")):
+        if section is not None and isinstance(section.get("num_classes"), int):
+            section.num_classes = number
+
+
+def dataset_names(cfg: DictConfig, *, eval_only: bool = False) -> list[str]:
+    """The names of the training sets, unless with ``eval_only``, and of the test sets."""
+    names: list[str] = []
+    for part in ("test",) if eval_only else ("train", "test"):
+        # other packages' loaders need not have data sets by name
+        own = OmegaConf.select(cfg, f"dataloader.{part}.dataset.names", default=[])
+        names += [own] if isinstance(own, str) else list(own)
+    return list(dict.fromkeys(names))
+
+
+def _may_change(key: str) -> bool:
+    return _CHANGEABLE.fullmatch(key) is not None
+
+
+@contextlib.contextmanager
+def claimed_lazily(cfg: DictConfig, *, resume: bool = False, overwrite: bool = False) -> Iterator[None]:
+    """:func:`.claims.claimed` for a lazy config's ``train.output_dir``."""
+
+    def made_from() -> dict:
+        contents = Contents(coco_only=False).of_names(dataset_names(cfg), cfg.train.init_checkpoint)
+        return fingerprint_of(flat(cfg), contents, comm.get_world_size())
+
+    with claimed_folder(cfg.train.output_dir, made_from, resume=resume, overwrite=overwrite, changeable=_may_change):
+        yield
+
+
+def flat(cfg: DictConfig) -> dict[str, str]:
+    """What a run's outcome depends on, as {key: value in words}; functions and classes by their names."""
+    found: dict[str, str] = {}
+
+    def visit(value: Any, key: str) -> None:
+        if isinstance(value, dict) and value:
+            for name, part in value.items():
+                visit(part, f"{key}.{name}" if key else str(name))
+        elif isinstance(value, list) and any(isinstance(part, dict | list) for part in value):
+            for place, part in enumerate(value):
+                visit(part, f"{key}.{place}")
+        elif not _FREE.fullmatch(key):
+            name = getattr(value, "__qualname__", None)
+            # without the addresses that differ from process to process
+            found[key] = f"{value.__module__}.{name}" if name else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+    visit(OmegaConf.to_container(cfg, resolve=False), "")
+    return found
+
+
+def start_lazy_run(cfg: DictConfig, args: argparse.Namespace) -> None:
+    """Makes ``train.output_dir`` with its config and logs.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    folder, seed = cfg.train.output_dir, _seed(cfg)
+    start_logs(folder, args, "\n".join(f"{key} = {value}" for key, value in flat(cfg).items()))
+    if comm.is_main_process():
+        _save(cfg, Path(folder))
+    seed_all_rng(None if seed < 0 else seed + comm.get_rank())
+
+
+def _save(cfg: DictConfig, folder: Path) -> None:
+    """Writes ``config.yaml``, and ``config.yaml.pkl`` where the config holds what YAML cannot say."""
+    with tempfile.TemporaryDirectory() as scratch:
+        LazyConfig.save(cfg, os.path.join(scratch, "config.yaml"))
+        for path in Path(scratch).iterdir():
+            write_file(folder / path.name, path.read_bytes())
+
+
+def _seed(cfg: DictConfig) -> int:
+    return cfg.train.get("seed", -1)
+
+
+def build_lazy_model(cfg: DictConfig, seed: int) -> torch.nn.Module:
+    """The model of a lazy config on its device, with start values that follow from ``seed``.
+
+    Raises:
+        UserError: it cannot be built.
+    """
+    torch.manual_seed(seed)
+    try:
+        return instantiate(cfg.model).to(cfg.train.device)
+    except UserError:
+        raise
+    except (AssertionError, KeyError, TypeError, ImportError) as error:
+        raise UserError(f"the model of this config cannot be built ({type(error).__name__}: {error})") from error
+
+
+def _target(section: DictConfig) -> Any:
+    target = section.get("_target_")
+    return locate(target) if isinstance(target, str) else target
+
+
+class LazyTrainer(Trainer):
+    """:class:`.training.Trainer` of a lazy config."""
+
+    def __init__(self, cfg: DictConfig):
+        TrainerBase.__init__(self)
+        train = cfg.train
+        self.seed = _seed(cfg) if _seed(cfg) >= 0 else comm.shared_random_seed() % 2**31
+        model = build_lazy_model(cfg, self.seed)
+        cfg.optimizer.params.model = model
+        try:
+            optimizer = instantiate(cfg.optimizer)
+        finally:
+            del cfg.optimizer.params.model  # the config is saved and compared without it
+        data_loader = build_lazy_train_loader(cfg, self.seed)
+        devices = {} if train.device != "cpu" else {"device_ids": None}
+        model = create_ddp_model(model, **train.get("ddp", {}), **devices)
+        self._guard = LossGuard(model, train.get("skip_nonfinite", 0))
+        trainer = AMPTrainer if train.amp.enabled else SimpleTrainer
+        self._trainer = trainer(model, data_loader, optimizer)
+        self.scheduler = LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), train.max_iter)
+        self.checkpointer = Checkpointer(model, train.output_dir, trainer=weakref.proxy(self))
+        self.start_iter, self.max_iter = 0, train.max_iter
+        self.cfg, self.device = cfg, train.device
+        self._is_stopped = False
+        self.register_hooks(self.build_hooks())
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        self.checkpointer.resume_or_load(self.cfg.train.init_checkpoint, resume=resume)
+        if resume and self.checkpointer.has_checkpoint():
+            self.start_iter = self.iter + 1
+        if hasattr(self.data_loader, "start"):
+            self.data_loader.start = self.start_iter
+
+    def train(self) -> OrderedDict:
+        TrainerBase.train(self, self.start_iter, self.max_iter)
+        return getattr(self, "_last_eval_results", OrderedDict())
+
+    def build_hooks(self) -> list[HookBase]:
+        train = self.cfg.train
+        built: list[HookBase] = [hooks.IterationTimer(), hooks.LRScheduler()]
+        if comm.is_main_process():
+            if sge_layers(self.model) and train.get("sge_log_period", 200) > 0:
+                built.insert(0, GateWriter(self.model, train.get("sge_log_period", 200)))
+            built.append(hooks.PeriodicCheckpointer(self.checkpointer, **train.checkpointer))
+
+        def test() -> OrderedDict:
+            self._last_eval_results = _test(self.cfg, self.model)
+            return self._last_eval_results
+
+        built += [StopHook(), hooks.EvalHook(train.eval_period, test)]
+        if comm.is_main_process():
+            writers = default_writers(train.output_dir, train.max_iter)
+            built.append(hooks.PeriodicWriter(writers, period=train.log_period))
+        return built
+
+
+def build_lazy_train_loader(cfg: DictConfig, seed: int) -> Any:
+    """The training loader; Detectron2's own is replaced by one whose order and augmentations follow from ``seed``."""
+    section = cfg.dataloader.train
+    if _target(section) is not build_detection_train_loader or section.get("sampler") is not None:
+        logger.warning("this training loader is not Detectron2's with its usual sampler: resumed runs see other images")
+        return instantiate(section)
+    dicts = _instances(section)
+    return seeded_loader(
+        dicts,
+        instantiate(section.mapper),
+        TrainingSampler(len(dicts), seed=seed),
+        seed,
+        section.total_batch_size,
+        by_aspect=section.get("aspect_ratio_grouping", True),
+        num_workers=section.get("num_workers", 0),
+        timeout=cfg.train.get("loader_timeout", LOADER_TIMEOUT),
+    )
+
+
+def _instances(section: DictConfig) -> list[dict]:
+    try:
+        return list(instantiate(section.dataset))
+    except AssertionError as error:
+        raise UserError(f"DATASETS.TRAIN holds no image with an object: {error}") from error
+
+
+def _test_loader(cfg: DictConfig) -> EvaluationLoader:
+    section = cfg.dataloader.test
+    arguments = {name: section[name] for name in section if name not in ("_target_", "mapper")}
+    if _target(section) is build_detection_test_loader:
+        arguments = {name: instantiate(value) for name, value in arguments.items()}
+        loader = build_detection_test_loader(
+            mapper=functools.partial(map_image, instantiate(section.mapper)), **arguments
+        )
+    else:
+        loader = instantiate(section)
+    return EvaluationLoader(loader, cfg.train.get("loader_timeout", LOADER_TIMEOUT))
+
+
+def _test(cfg: DictConfig, model: torch.nn.Module) -> OrderedDict:
+    """Evaluates on ``dataloader.test`` with ``dataloader.evaluator``; empty where the config has none."""
+    if "evaluator" not in cfg.dataloader:
+        return OrderedDict()
+    section = cfg.dataloader.evaluator
+    target = _target(section)
+    arguments: dict[str, Any] = {}
+    if isinstance(target, type) and issubclass(target, COCOEvaluator):
+        # those of its arguments without which nothing is written, or code is needed that not all builds have
+        arguments = {"output_dir": os.path.join(cfg.train.output_dir, "inference"), "use_fast_impl": False}
+    given = {name: instantiate(section[name]) for name in section if name != "_target_"}
+    names = given.get("dataset_name")
+    if isinstance(names, list | ListConfig):
+        if len(names) != 1:
+            raise UserError(f"dataloader.test.dataset.names has {len(names)} names: a lazy config tests on one")
+        given["dataset_name"] = names[0]
+    evaluator = target(**{**arguments, **given})
+    with waiting(False) if comm.get_world_size() == 1 else contextlib.nullcontext():
+        results = inference_on_dataset(model, _test_loader(cfg), evaluator)
+    if comm.is_main_process():
+        print_csv_format(results)
+    return results or OrderedDict()
+
+
+def train_lazily(cfg: DictConfig, *, resume: bool = False) -> OrderedDict:
+    """Trains a lazy config to its end and evaluates it; as :func:`.training.train`.
+
+    Raises:
+        UserError: the loss is no longer finite, the weights do not match, or there is nothing left to train.
+    """
+    with lazy_words(), faults_in_words(cfg.train.output_dir), waiting():
+        trainer = LazyTrainer(cfg)
+        trainer.resume_or_load(resume=resume)
+        if trainer.start_iter >= trainer.max_iter:
+            logger.warning(
+                f"{cfg.train.output_dir} is trained to iteration {trainer.start_iter} already: evaluating it"
+            )
+            return _test(cfg, trainer.model)
+        return trainer.train()
+
+
+def evaluate_lazily(cfg: DictConfig, *, resume: bool = False) -> OrderedDict:
+    """Evaluates ``train.init_checkpoint``, or with ``resume`` the last checkpoint; as :func:`.training.evaluate`.
+
+    Raises:
+        UserError: there are no weights, or they do not fill the model.
+    """
+    folder, path = cfg.train.output_dir, cfg.train.init_checkpoint
+    with lazy_words(), faults_in_words(folder):
+        if not path and not (resume and last_checkpoint(folder)):
+            raise UserError("there are no weights to evaluate: name them with MODEL.WEIGHTS")
+        model = build_lazy_model(cfg, 0)
+        Checkpointer(model, folder, whole_model=True).resume_or_load(path, resume=resume)
+        return _test(cfg, model)

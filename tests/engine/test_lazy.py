@@ -1,0 +1,311 @@
+"""Lazy configs: twins of the YAML ones, saved and read again, and their runs with the guards of train_net.py."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT
+from detectron2.config import LazyConfig, instantiate
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+import sge_det
+from sge_det import UserError
+from sge_det.config import load_config, load_lazy_config
+from sge_det.data.loader import build_train_loader
+from sge_det.engine.lazy import (
+    LazyTrainer,
+    build_lazy_train_loader,
+    claimed_lazily,
+    evaluate_lazily,
+    flat,
+    setup_lazy_config,
+    train_lazily,
+)
+from sge_det.engine.training import setup_config
+from sge_det.solver import build_optimizer
+
+LAZY = ROOT / "configs" / "lazy"
+LEAVES = sorted(str(path.relative_to(LAZY)) for path in LAZY.glob("COCO-*/*.py"))
+BASELINES = sorted(str(path.relative_to(LAZY)) for path in LAZY.glob("new_baselines/*.py"))
+
+
+def on_meta(cfg):
+    with torch.device("meta"):
+        return instantiate(cfg.model) if "model" in cfg else build_model(cfg)
+
+
+def described(model):
+    return [(name, tuple(tensor.shape), tensor.requires_grad) for name, tensor in sorted(model.named_parameters())]
+
+
+def test_each_yaml_config_of_the_paper_has_a_lazy_twin():
+    yaml = {str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").glob("COCO-*/*SGE*FPN_*.yaml")}
+    assert {path for path in yaml if "paper" not in path} == {leaf.replace(".py", ".yaml") for leaf in LEAVES}
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_a_lazy_twin_is_the_yaml_config(leaf):
+    yaml = sge_det.get_config(leaf.replace(".py", ".yaml"), ["MODEL.DEVICE", "meta"])
+    lazy = sge_det.get_config(f"lazy/{leaf}")
+    assert described(on_meta(lazy)) == described(on_meta(yaml))
+    solver, loader = yaml.SOLVER, lazy.dataloader.train
+    assert (lazy.train.init_checkpoint, lazy.train.max_iter) == (yaml.MODEL.WEIGHTS, solver.MAX_ITER)
+    assert loader.total_batch_size == solver.IMS_PER_BATCH
+    assert loader.mapper.use_instance_mask == yaml.MODEL.MASK_ON
+    # the same learning rates, decays and momenta for each parameter, at each point of the schedule
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), sge_det.SpatialGroupEnhance(1))
+    lazy.optimizer.params.model = model
+    optimizers = instantiate(lazy.optimizer), build_optimizer(yaml, model)
+    for ours, theirs in zip(optimizers[0].param_groups, optimizers[1].param_groups, strict=True):
+        assert {**ours, "params": 0, "foreach": 0} == {**theirs, "params": 0, "foreach": 0}
+    multiplier, scheduler = instantiate(lazy.lr_multiplier), build_lr_scheduler(yaml, optimizers[1])
+    for iteration in (0, 250, 499, 500, *(step + offset for step in solver.STEPS for offset in (-1, 0)), -1):
+        scheduler.last_epoch = iteration % solver.MAX_ITER
+        rate = solver.BASE_LR * multiplier(scheduler.last_epoch / solver.MAX_ITER)
+        assert rate == pytest.approx(scheduler.get_lr()[0], rel=1e-9)
+
+
+@pytest.mark.parametrize("leaf", ["COCO-Detection/faster_rcnn_SGE_R_50_FPN_1x.py", *BASELINES[:1], *BASELINES[-1:]])
+def test_saved_and_read_again_it_is_the_same(leaf, tmp_path):
+    cfg = load_lazy_config(f"lazy/{leaf}")
+    LazyConfig.save(cfg, str(tmp_path / "saved.yaml"))
+    assert [path.name for path in tmp_path.iterdir()] == ["saved.yaml"], "nothing in it that YAML cannot say"
+    assert described(on_meta(load_lazy_config(str(tmp_path / "saved.yaml")))) == described(on_meta(cfg))
+
+
+@pytest.mark.parametrize("leaf", BASELINES)
+def test_a_new_baseline_is_detectron2s_with_sge(leaf):
+    from detectron2 import model_zoo
+
+    ours = load_lazy_config(f"lazy/{leaf}")
+    plain = model_zoo.get_config(f"new_baselines/{leaf.split('/')[1].replace('SGE_', '')}")
+    found, expected = described(on_meta(ours)), described(on_meta(plain))
+    assert [entry for entry in found if ".sge." not in entry[0]] == expected
+    assert sum(".sge." in entry[0] for entry in found) > 30
+    keys, own = flat(plain), flat(ours)
+    parts = ("optimizer", "lr_multiplier", "train", "dataloader.train", "dataloader.test")
+    assert all(own[key] == value for key, value in keys.items() if key.startswith(parts))
+
+
+def test_blocks_by_their_names_and_by_detectron2s_own_function(tmp_path):
+    name = "lazy/COCO-Detection/faster_rcnn_SGE_R_50_FPN_1x.py"
+    expected = described(on_meta(load_lazy_config(name)))
+    cfg = load_lazy_config(name, ["+model.backbone.bottom_up.stages.block_class=sge_det.SGEBottleneckBlock"])
+    assert described(on_meta(cfg)) == expected
+    from detectron2.modeling.backbone import ResNet
+
+    stages = cfg.model.backbone.bottom_up.stages
+    del stages["groups"]
+    stages._target_, stages.block_class = ResNet.make_default_stages, sge_det.SGEBottleneckBlock
+    LazyConfig.save(cfg, str(tmp_path / "saved.yaml"))
+    assert described(on_meta(load_lazy_config(str(tmp_path / "saved.yaml")))) == expected
+
+
+# Slim twins, that compute
+
+SLIM = {
+    "MODEL.RESNETS.DEPTH": "18",
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": "64",
+    "MODEL.SGE.GROUPS": "8",
+    "MODEL.FPN.OUT_CHANNELS": "32",
+    "MODEL.BACKBONE.FREEZE_AT": "0",
+    "MODEL.RESNETS.NORM": "BN",
+    "SEED": "3",
+    "MODEL.ROI_BOX_HEAD.FC_DIM": "32",
+    "MODEL.ROI_MASK_HEAD.CONV_DIM": "16",
+    "MODEL.RETINANET.NUM_CONVS": "1",
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": "32",
+    "INPUT.MIN_SIZE_TRAIN": "(64,)",
+    "INPUT.MIN_SIZE_TEST": "64",
+    "INPUT.MASK_FORMAT": "bitmask",
+    "SOLVER.IMS_PER_BATCH": "2",
+    "DATALOADER.NUM_WORKERS": "0",
+    "MODEL.DEVICE": "cpu",
+    "MODEL.WEIGHTS": "",
+}
+SLIM_YAML = [part for pair in SLIM.items() for part in pair]
+
+
+def slim_lazy(kind):
+    backbone = "model.backbone"
+    common = [
+        *(f"{backbone}.bottom_up.stages.depth=18", f"{backbone}.bottom_up.stages.groups=8"),
+        *(f"{backbone}.bottom_up.stages.norm=BN", f"{backbone}.bottom_up.stem.norm=BN"),
+        *(f"{backbone}.bottom_up.freeze_at=0", f"{backbone}.out_channels=32", "train.init_checkpoint=''"),
+        *("+train.seed=3", "dataloader.train.total_batch_size=2", "train.max_iter=3", "+train.sge_log_period=2"),
+        *("dataloader.train.num_workers=0", "dataloader.test.num_workers=0", "train.device=cpu", "optimizer.lr=0.002"),
+        *("lr_multiplier.scheduler.num_updates=3", "lr_multiplier.scheduler.values=[1.0]"),
+        *("lr_multiplier.scheduler.milestones=[]", "lr_multiplier.warmup_length=1.0", "train.checkpointer.period=100"),
+        "dataloader.train.mapper.augmentations.0.short_edge_length=[64]",
+        "dataloader.test.mapper.augmentations.0.short_edge_length=64",
+    ]
+    if kind == "retinanet":
+        return [*common, f"{backbone}.top_block.in_channels=512", "model.head.conv_dims=[32]"], []
+    heads = [f"model.roi_heads.box_head{s}" for s in (("s.0", "s.1", "s.2") if kind == "cascade" else ("",))]
+    heads = [f"{head}.fc_dims=[32,32]" for head in heads]
+    predictors = [f"model.roi_heads.box_predictor{s}" for s in (("s.0", "s.1", "s.2") if kind == "cascade" else ("",))]
+    masks = ["model.roi_heads.mask_head.conv_dims=[16,16,16,16,16]"] if kind == "mask" else []
+    masks += ["+dataloader.train.mapper.instance_mask_format=bitmask"]
+    return [
+        *common,
+        *heads,
+        *masks,
+        "model.proposal_generator.head.in_channels=32",
+        "model.roi_heads.batch_size_per_image=32",
+    ], predictors
+
+
+NAMES = {
+    "faster": "COCO-Detection/faster_rcnn_SGE_R_50_FPN_1x",
+    "mask": "COCO-InstanceSegmentation/mask_rcnn_SGE_R_50_FPN_1x",
+    "cascade": "COCO-Detection/cascade_rcnn_SGE_R_50_FPN_20e",
+    "retinanet": "COCO-Detection/retinanet_SGE_R_50_FPN_1x",
+}
+
+
+def lazy_config(kind, datasets, folder, *overrides):
+    from detectron2.layers import ShapeSpec
+
+    lines, predictors = slim_lazy(kind)
+    output = f"train.output_dir={folder}"
+    cfg = setup_lazy_config(f"lazy/{NAMES[kind]}.py", [*lines, output, *overrides], datasets)
+    if kind == "retinanet":
+        cfg.model.head.input_shape = [ShapeSpec(channels=32)] * 5
+        return cfg
+    boxes = cfg.model.roi_heads.box_heads if kind == "cascade" else [cfg.model.roi_heads.box_head]
+    for head in boxes:
+        head.input_shape = ShapeSpec(channels=32, height=7, width=7)
+    for predictor in predictors:
+        section = cfg
+        for part in predictor.split("."):
+            section = section[int(part)] if part.isdigit() else section[part]
+        section.input_shape = ShapeSpec(channels=32)
+    if kind == "mask":
+        cfg.model.roi_heads.mask_head.input_shape = ShapeSpec(channels=32, width=14, height=14)
+    return cfg
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_losses_and_detections_are_the_yaml_configs(kind, sample_datasets, tmp_path):
+    lazy_cfg = lazy_config(kind, sample_datasets, tmp_path / "run")
+    yaml_cfg = setup_config(f"{NAMES[kind]}.yaml", SLIM_YAML, sample_datasets)
+    lazy, yaml = instantiate(lazy_cfg.model), build_model(yaml_cfg)
+    torch.manual_seed(0)
+    for name, parameter in yaml.named_parameters():
+        if ".sge." in name:
+            nn.init.normal_(parameter)
+        if "cls_score" in name:  # else no score is above the threshold
+            nn.init.normal_(parameter, std=0.3)
+    lazy.load_state_dict(yaml.state_dict())
+    batches = [next(iter(loader)) for loader in (build_lazy_train_loader(lazy_cfg, 3), build_train_loader(yaml_cfg, 3))]
+    assert [example["file_name"] for example in batches[0]] == [example["file_name"] for example in batches[1]]
+    losses = []
+    for model, batch in zip((lazy, yaml), batches, strict=True):
+        torch.manual_seed(1)
+        with EventStorage():
+            losses.append({name: loss.item() for name, loss in model(batch).items()})
+    assert losses[0] == losses[1]
+    with torch.no_grad():
+        found = [model.eval()(batch)[0]["instances"] for model, batch in zip((lazy, yaml), batches, strict=True)]
+    assert len(found[0]) > 0
+    for name, value in found[1].get_fields().items():
+        own = found[0].get(name)
+        assert torch.equal(getattr(own, "tensor", own), getattr(value, "tensor", value)), name
+
+
+@pytest.fixture(scope="module")
+def trained(sample_datasets, tmp_path_factory):
+    """A run of a lazy config from start to end, and its results."""
+    folder = tmp_path_factory.mktemp("lazy") / "run"
+    cfg = lazy_config("faster", sample_datasets, folder, "train.eval_period=3")
+    with claimed_lazily(cfg):
+        return cfg, folder, train_lazily(cfg)
+
+
+def test_a_run_leaves_what_train_net_leaves(trained):
+    _, folder, results = trained
+    assert "bbox" in results
+    names = {path.name for path in folder.iterdir()}
+    assert {"model_final.pth", "model_final.pth.sha256.json", "fingerprint.json", "metrics.json"} <= names
+    assert (folder / "inference" / "coco_instances_results.json").is_file()
+    lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    assert any("sge/res5_gate_mean" in line for line in lines)
+
+
+def test_a_resumed_run_ends_like_one_that_was_not_interrupted(trained, sample_datasets, tmp_path):
+    _, folder, _ = trained
+    first = lazy_config("faster", sample_datasets, tmp_path / "run", "train.eval_period=0")
+    with claimed_lazily(first):
+        trainer = LazyTrainer(first)
+        trainer.resume_or_load(resume=False)
+        trainer.max_iter = 2
+        trainer.train()
+    second = lazy_config("faster", sample_datasets, tmp_path / "run", "train.eval_period=0")
+    with claimed_lazily(second, resume=True):
+        train_lazily(second, resume=True)
+    ends = [torch.load(path / "model_final.pth", weights_only=False) for path in (folder, tmp_path / "run")]
+    assert ends[0]["iteration"] == ends[1]["iteration"] == 2
+    assert all(torch.equal(tensor, ends[1]["model"][name]) for name, tensor in ends[0]["model"].items())
+
+
+def test_weights_are_evaluated(trained, sample_datasets, tmp_path):
+    _, folder, results = trained
+    weights = f"train.init_checkpoint={folder / 'model_final.pth'}"
+    cfg = lazy_config("faster", sample_datasets, tmp_path / "test", weights)
+    assert evaluate_lazily(cfg)["bbox"]["AP"] == pytest.approx(results["bbox"]["AP"], nan_ok=True)
+    with pytest.raises(UserError, match=r"no weights to evaluate: name them with train\.init_checkpoint"):
+        evaluate_lazily(lazy_config("faster", sample_datasets, tmp_path / "test"))
+
+
+def test_folders_are_guarded(trained, sample_datasets):
+    cfg, folder, _ = trained
+    with pytest.raises(UserError, match=r"holds a run \(model_final\.pth\)"), claimed_lazily(cfg):
+        pass
+    changed = lazy_config("faster", sample_datasets, folder, "optimizer.lr=0.5")
+    told = pytest.raises(UserError, match=r"made with optimizer.lr 0.002, this command has 0.5")
+    with told, claimed_lazily(changed, resume=True):
+        pass
+    longer = lazy_config("faster", sample_datasets, folder, "train.max_iter=9", "train.log_period=3")
+    with claimed_lazily(longer, resume=True):
+        pass
+
+
+FASTER = f"lazy/{NAMES['faster']}.py"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optimizer.lrr=1"], "there is no config key optimizer.lrr: did you mean optimizer.lr"),
+        (["optimizer.lr"], "has no value"),
+        (["optimizer.lr=[1"], r"optimizer.lr=\[1"),
+        (["train.amp.enabled=True"], "train.amp.enabled=True needs a GPU"),
+        (["train.init_checkpoint=/nowhere.pth"], "/nowhere.pth is not there"),
+        (["train.init_checkpoint=''", "dataloader.train.dataset.names=nowhere"], "'nowhere' is not registered"),
+    ],
+)
+def test_mistakes_are_sentences(overrides, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=message):
+        setup_lazy_config(FASTER, overrides)
+
+
+def test_a_file_that_fails_leaves_imports_alone(tmp_path):
+    import builtins
+
+    before = builtins.__import__
+    (tmp_path / "mine.py").write_text("model = nothing_of_that_name\n")
+    with pytest.raises(UserError, match=r"mine\.py is no lazy config that runs \(NameError"):
+        load_lazy_config(str(tmp_path / "mine.py"))
+    assert builtins.__import__ is before
+    with pytest.raises(UserError, match="has no 'model'"):
+        (tmp_path / "mine.py").write_text("train = dict(output_dir='x')\n")
+        setup_lazy_config(str(tmp_path / "mine.py"))
+
+
+def test_a_tool_for_yaml_names_the_one_for_lazy_configs():
+    with pytest.raises(UserError, match=r"tools/lazy_train_net\.py"):
+        load_config(FASTER)
