@@ -2,11 +2,14 @@
 
 measure_gain.py --config-file configs/sample/faster_rcnn_SGE_R_50_FPN.yaml --output output/gain --seeds 0 1 2
 measure_gain.py --config-file F --output DIR --arms plain sge sge-fixed se --arm wide MODEL.SGE.GROUPS 32
+measure_gain.py --config-file F --output DIR --decide 0.5 --max-seeds 12      # adds seeds until the answer is in
 measure_gain.py --compare --gt instances.json --arm-results plain P.json --arm-results sge S.json --output DIR
+measure_gain.py --plan --pilot DIR --difference 1                             # how many seeds would that take?
 Run the same command again to go on where it stopped, or start it several times to share the runs.
 """
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -17,9 +20,23 @@ from sge_det.engine.launching import TIMEOUT_SECONDS, check_launch
 from sge_det.engine.stopping import signals_handled
 from sge_det.engine.training import add_dataset_option
 from sge_det.errors import UserError, user_errors
-from sge_det.gain import Launch, Matrix, Measurement, Question, RunFailed, compare_results, measure_gain
+from sge_det.gain import (
+    Launch,
+    Looks,
+    Matrix,
+    Measurement,
+    Question,
+    RunFailed,
+    compare_results,
+    decide_gain,
+    measure_gain,
+    report_gain,
+)
 from sge_det.gain.arms import BUILT_IN
 from sge_det.gain.inference import MARGIN
+from sge_det.gain.looks import FIRST_SEEDS, MOST_SEEDS
+from sge_det.gain.power import from_pilot, in_words, published, tables
+from sge_det.gain.power import given as given_spread
 from sge_det.gain.report import metric_table
 from sge_det.gain.verdict import DIFFERENCE, TASK_NAMES
 
@@ -32,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = arguments.add_argument
     add("--config-file", default="", metavar="FILE", help="the config that the arms share")
-    add("--output", required=True, metavar="DIR", help="folder of the runs and the report")
+    add("--output", metavar="DIR", help="folder of the runs and the report")
     add("--seeds", nargs="+", type=int, metavar="K", help="a run of each arm for each (default 0)")
     add(
         "--arms",
@@ -54,6 +71,29 @@ def parser() -> argparse.ArgumentParser:
     )
     question.add_argument("--unpaired", action="store_true", help="the runs of a seed do not belong together: Welch")
     question.add_argument("--against", metavar="ARM", help="the reference, if not the first arm")
+    looks = arguments.add_argument_group(
+        "deciding while it runs", "seeds are added one at a time, after --seeds (0 1 2)"
+    )
+    looks.add_argument(
+        "--until", type=float, default=0.0, metavar="WIDTH", help="until the interval is so wide, low to high, in AP"
+    )
+    looks.add_argument(
+        "--decide", type=float, metavar="DELTA", help="until it is a gain, a loss, or no difference of DELTA (AP)"
+    )
+    looks.add_argument("--max-seeds", type=int, metavar="N", help=f"at most N seeds an arm (default {MOST_SEEDS})")
+    engine = arguments.add_argument_group("for schedulers")
+    engine.add_argument("--run", nargs=2, metavar=("ARM", "SEED"), help="this run alone, and no report")
+    engine.add_argument("--report-only", action="store_true", help="train nothing, report what has finished")
+    engine.add_argument("--no-wait", action="store_true", help="end when only other workers' runs are left")
+    engine.add_argument("--keep-going", action="store_true", help="a run that fails does not end the others")
+    plan = arguments.add_argument_group("planning", "how many seeds? Trains nothing")
+    plan.add_argument("--plan", action="store_true", help="print seeds, least differences and hours, and end")
+    plan.add_argument("--pilot", metavar="DIR|report.json", help="a finished comparison that shows the spread")
+    plan.add_argument("--sd", nargs="+", type=float, metavar="AP", help="or the spread over seeds: of both, or of each")
+    plan.add_argument("--correlation", type=float, default=0.0, help="of the arms over seeds (0)")
+    plan.add_argument("--image-error", type=float, default=0.0, metavar="AP", help="standard error from the images (0)")
+    plan.add_argument("--image-count", type=int, default=5000, metavar="N", help="of the validation set (5000)")
+    plan.add_argument("--hours", type=float, default=math.nan, metavar="H", help="of a run; a pilot's are known")
     add("--import", dest="imports", action="append", default=[], metavar="MODULE", help="imported first by each run")
     launch = arguments.add_argument_group("launch", "handed to each run, as in train_net.py")
     launch.add_argument("--num-gpus", type=int, default=1, help="GPUs of a run on each machine")
@@ -96,8 +136,15 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> Measurement | None:
+    if args.plan:
+        return plan(args, overrides)
+    if args.output is None:
+        raise UserError("give the folder of the runs and the report with --output DIR")
     if args.compare:
         return compare(args, overrides)
+    only_plan = {"--pilot": args.pilot, "--sd": args.sd}
+    if given := [option for option, value in only_plan.items() if value]:
+        raise UserError(f"{', '.join(given)} goes with --plan")
     if args.gt or args.arm_results or args.images:
         raise UserError("--gt, --arm-results and --images go with --compare")
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -105,12 +152,20 @@ def run(args: argparse.Namespace, overrides: list[str]) -> Measurement | None:
     args.timeout = TIMEOUT_SECONDS
     check_launch(args, None)
     launch = Launch(args.num_gpus, args.num_machines, args.machine_rank, args.dist_url or "auto", tuple(args.imports))
+    looks = looks_of(args)
+    seeds = args.seeds
+    if seeds is None:
+        seeds = (
+            [int(args.run[1])] if args.run and args.run[1].isdecimal() else list(range(looks.first)) if looks else [0]
+        )
+    if looks:
+        seeds = [*seeds, *(seed for seed in range(max(seeds) + 1 + looks.most) if seed not in seeds)][: looks.most]
     matrix = Matrix(
         args.config_file,
         args.output,
         arm_names=args.arms or ["plain", "sge"],
         custom_arms=args.arm,
-        seeds=[0] if args.seeds is None else args.seeds,
+        seeds=seeds,
         overrides=overrides,
         datasets=args.dataset,
         launch=launch,
@@ -118,11 +173,72 @@ def run(args: argparse.Namespace, overrides: list[str]) -> Measurement | None:
     if not launch.is_main:
         matrix.execute(args.jobs)
         return None
-    return measure_gain(matrix, jobs=args.jobs, bootstrap=args.bootstrap, question=asked(args), against=args.against)
+    how = {"bootstrap": args.bootstrap, "question": asked(args), "against": args.against}
+    if args.run:
+        return run_one(matrix, *args.run)
+    if args.report_only:
+        return report_gain(matrix, **how)
+    if looks:
+        return decide_gain(matrix, looks, jobs=args.jobs, **how)
+    return measure_gain(matrix, jobs=args.jobs, wait=not args.no_wait, keep_going=args.keep_going, **how)
 
 
 def asked(args: argparse.Namespace) -> Question:
-    return Question(args.metric, args.margin, not args.unpaired, args.difference)
+    margin = args.margin if args.decide is None else args.decide
+    return Question(args.metric, margin, not args.unpaired, args.difference)
+
+
+def looks_of(args: argparse.Namespace) -> Looks | None:
+    alone = {"--run": args.run, "--report-only": args.report_only}
+    alone |= {"--no-wait": args.no_wait, "--keep-going": args.keep_going}
+    if args.until == 0 and args.decide is None:
+        if args.max_seeds is not None:
+            raise UserError("--max-seeds goes with --until or --decide")
+        chosen = [option for option, value in alone.items() if value]
+        if (args.run and len(chosen) > 1) or (args.report_only and len(chosen) > 1):
+            raise UserError(f"{chosen[0]} goes without {', '.join(chosen[1:])}")
+        return None
+    if given := [option for option, value in alone.items() if value]:
+        raise UserError(f"--until and --decide train whatever is needed: leave out {', '.join(given)}")
+    if args.decide is not None and not args.decide > 0:
+        raise UserError(f"--decide {args.decide} must be a difference in AP points above 0")
+    looks = Looks(
+        len(args.seeds) if args.seeds else FIRST_SEEDS,
+        MOST_SEEDS if args.max_seeds is None else args.max_seeds,
+        args.until,
+        args.decide is not None,
+    )
+    looks.check()
+    return looks
+
+
+def run_one(matrix: Matrix, arm: str, seed: str) -> None:
+    if not seed.isdecimal():
+        raise UserError(f"--run {arm} {seed}: give an arm and a seed, for instance --run sge 0")
+    wanted = matrix.run_of(arm, int(seed))
+    if not wanted.is_ready:
+        raise UserError(f"{wanted.name} starts from {wanted.reference.name}, which has not finished: run that first")
+    if matrix.execute(runs=[wanted], wait=False).left:
+        raise UserError(f"{wanted.name} is being trained by another process: wait for it, or end it")
+
+
+def plan(args: argparse.Namespace, overrides: list[str]) -> None:
+    idle = {"--config-file": args.config_file, "--compare": args.compare, "--run": args.run, "KEY VALUE": overrides}
+    if given := [option for option, value in idle.items() if value]:
+        raise UserError(f"--plan trains nothing: leave out {', '.join(given)}")
+    if args.pilot and args.sd:
+        raise UserError("--pilot shows the spread and --sd gives it: leave out one of them")
+    if args.pilot:
+        outlooks = from_pilot(args.pilot, args.metric, paired=not args.unpaired)
+    elif args.sd:
+        outlooks = [given_spread(args.sd, args.correlation, args.image_error, args.image_count, 2 * args.hours)]
+    else:
+        outlooks = published(2 * args.hours)
+    for outlook in outlooks:
+        print(f"\n{in_words(outlook)}\n")
+        arms = len(outlooks) if args.pilot else 1
+        for table in tables(outlook, args.difference, args.max_seeds, arms):
+            print(f"{table.markdown()}\n")
 
 
 def compare(args: argparse.Namespace, overrides: list[str]) -> Measurement:

@@ -1,8 +1,9 @@
 """Measures what an attention module gains: arms, seeds, intervals, a report."""
 
-from .api import compare_results, measure_gain
+from .api import compare_results, decide_gain, measure_gain, report_gain
 from .arms import Arm, choose_arms
 from .inference import Interval, both_interval, image_interval, outcomes, seed_interval, welch_interval
+from .looks import Looks
 from .matrix import Matrix
 from .measurement import Measurement, measure
 from .processes import Launch, RunFailed
@@ -13,6 +14,7 @@ __all__ = [
     "Arm",
     "Interval",
     "Launch",
+    "Looks",
     "Matrix",
     "Measurement",
     "Question",
@@ -21,10 +23,12 @@ __all__ = [
     "both_interval",
     "choose_arms",
     "compare_results",
+    "decide_gain",
     "image_interval",
     "measure",
     "measure_gain",
     "outcomes",
+    "report_gain",
     "seed_interval",
     "welch_interval",
 ]

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from .. import __version__
 from ..errors import UserError
 from .gallery import gallery
 from .input import GroundTruth
+from .looks import Looks
 from .matrix import Matrix
 from .measurement import Measurement, check_question, measure
-from .plan import declare, departures
-from .processes import check_jobs
+from .plan import asks_another_question, declare, departures
+from .processes import RunFailed, check_jobs
 from .report import Extras, write_numbers, write_page
 from .verdict import DECLARED, Question, still_learning
 
@@ -30,7 +32,9 @@ def measure_gain(
     bootstrap: int = 1000,
     question: Question = DECLARED,
     against: str | None = None,
-) -> Measurement:
+    wait: bool = True,
+    keep_going: bool = False,
+) -> Measurement | None:
     """Trains and evaluates every run of ``matrix`` that is not finished, and writes the report into its folder.
 
     Args:
@@ -39,23 +43,121 @@ def measure_gain(
         bootstrap: samples of the image bootstrap, at least 200; 0 for none.
         question: what is to be answered; the first call's is kept in ``plan.json`` and shown beside this one.
         against: the arm that the others are compared with; the first by default.
+        wait: for runs that other workers have.
+        keep_going: a run that fails does not end the others; the report is of the seeds that are complete.
+
+    Returns:
+        None where other workers still have runs and ``wait`` is off; they are named on the screen.
 
     Raises:
         UserError: something that the user can put right.
-        RunFailed: a run failed otherwise.
+        RunFailed: a run failed otherwise, or any with ``keep_going``, after the report was written.
+    """
+    _check(matrix, question, bootstrap, against)
+    check_jobs(matrix.launch, jobs, matrix.config.MODEL.DEVICE)
+    declare(matrix, question)
+    done = matrix.execute(jobs, wait=wait, keep_going=keep_going)
+    if done.left:
+        print(f"left to other workers: {', '.join(done.left)}; --report-only reports when they have finished")
+    measurement = None
+    if matrix.complete_seeds() and not done.left:
+        measurement = report_gain(matrix, bootstrap=bootstrap, question=question, against=against)
+    if done.failed:
+        raise RunFailed(
+            f"{len(done.failed)} of {len(matrix.runs)} runs failed: {'; '.join(done.failed.values())}. Run the same "
+            "command again to go on with them"
+        )
+    return measurement
+
+
+def decide_gain(
+    matrix: Matrix,
+    looks: Looks,
+    *,
+    jobs: int = 1,
+    bootstrap: int = 1000,
+    question: Question = DECLARED,
+    against: str | None = None,
+) -> Measurement:
+    """Like :func:`measure_gain`, but adds seeds until the answer is in; all looks together keep the error rates.
+
+    Args:
+        matrix: its seeds are those of the last look, in the order in which they are added.
+        looks: the rule.
+        jobs, bootstrap, question, against: as in :func:`measure_gain`; without a bootstrap nothing can be decided.
+
+    Raises:
+        UserError, RunFailed: as :func:`measure_gain`.
+    """
+    looks.check()
+    if not bootstrap:
+        raise UserError("verdicts stand on new images too: --until and --decide need --bootstrap")
+    _check(matrix, question, bootstrap, against)
+    check_jobs(matrix.launch, jobs, matrix.config.MODEL.DEVICE)
+    plan = declare(matrix, question, looks)
+    if asks_another_question(plan, question):
+        raise UserError(
+            f"{matrix.output} was begun with another question ({_in_words(plan)}): give that, or name another --output"
+        )
+    for count, level in looks:
+        seeds = matrix.seeds[:count]
+        matrix.execute(jobs, runs=[run for run in matrix.runs if run.seed in seeds])
+        look = Look(count, level, looks)
+        measurement = report_gain(
+            matrix, seeds=seeds, bootstrap=bootstrap, question=question, against=against, look=look
+        )
+        print(f"{count} seeds: {measurement.report['verdict'].splitlines()[0]}", flush=True)
+        if looks.answered(measurement.report):
+            break
+    return measurement
+
+
+@dataclass(frozen=True)
+class Look:
+    """One look at the seeds that there are so far: their number, the level of its verdicts, and the rule."""
+
+    seeds: int
+    level: float
+    looks: Looks
+
+
+def report_gain(
+    matrix: Matrix,
+    *,
+    seeds: Sequence[int] | None = None,
+    bootstrap: int = 1000,
+    question: Question = DECLARED,
+    against: str | None = None,
+    look: Look | None = None,
+) -> Measurement:
+    """Writes the report of the runs of ``matrix`` that are finished, and trains nothing.
+
+    Args:
+        matrix: arms, seeds, config and folder.
+        seeds: those to report; by default all that are complete. What is left out is told.
+        bootstrap, question, against: as in :func:`measure_gain`.
+        look: which look it is, where seeds are added until there is an answer.
+
+    Raises:
+        UserError: no seed is complete, or something else that the user can put right.
     """
     names = _reference_first([arm.name for arm in matrix.arms], against)
     truth = GroundTruth(matrix.annotation_file)
     check_question(question, bootstrap, truth)
-    check_jobs(matrix.launch, jobs, matrix.config.MODEL.DEVICE)
-    plan = declare(matrix, question)
-    matrix.execute(jobs)
+    complete = matrix.complete_seeds()
+    seeds = complete if seeds is None else list(seeds)
+    unfinished = [run.name for run in matrix.runs if not run.finished]
+    if not seeds:
+        raise UserError(f"no seed has finished in every arm, so there is nothing to report: {', '.join(unfinished)}")
+    looks = look.looks if look else None
+    plan = declare(matrix, question, looks)
     arms = {arm.name: arm for arm in matrix.arms}
-    files = {name: [run.predictions for run in matrix.runs if run.arm == arms[name]] for name in names}
+    runs = [run for run in matrix.runs if run.seed in seeds]
+    files = {name: [run.predictions for run in runs if run.arm == arms[name]] for name in names}
     gates: dict[str, dict[int, dict]] = {}
     extras = Extras()
     seconds = dict.fromkeys(names, 0.0)
-    for run in matrix.runs:
+    for run in runs:
         extras.curves.setdefault(run.arm.name, {})[run.seed] = run.curves()
         result = run.result()
         seconds[run.arm.name] += result["seconds"]
@@ -63,13 +165,26 @@ def measure_gain(
             gates.setdefault(run.arm.name, {})[run.seed] = result["gates"]
         if result.get("pointing"):
             extras.pointing.setdefault(run.arm.name, {})[str(run.seed)] = result["pointing"]
-    measurement = measure(truth, files, seeds=matrix.seeds, bootstrap=bootstrap, gates=gates, question=question)
+    level = {} if look is None else {"level": look.level}
+    measurement = measure(truth, files, seeds=seeds, bootstrap=bootstrap, gates=gates, question=question, **level)
     cfg = matrix.config
+    report = measurement.report
     caveats = [caveat for caveat in (arm.caveat(cfg) for arm in matrix.arms) if caveat]
-    caveats += departures(plan, question, [arm.name for arm in matrix.arms], matrix.seeds)
-    caveats += still_learning(measurement.report, extras.curves)
-    measurement.report["verdict"] = "\n".join([measurement.report["verdict"], *caveats])
-    measurement.report["plan"] = plan
+    caveats += departures(plan, question, [arm.name for arm in matrix.arms], seeds, looks)
+    if look is not None:
+        report["look"] = {"seeds": look.seeds, "level": look.level, **asdict(look.looks)}
+        caveats.append(
+            f"Looked at {look.looks.in_words()}: the verdict of this look, at {look.seeds}, is taken at the level "
+            f"{look.level:.4f}, so that all looks together keep 5%."
+        )
+    elif unfinished and any(seed not in seeds for seed in matrix.seeds):
+        caveats.append(f"Not finished, so that their seeds are left out: {', '.join(unfinished)}.")
+    caveats += still_learning(report, extras.curves)
+    if asks_another_question(plan, question):
+        for verdict in report["verdicts"]:
+            verdict["primary"] = False
+    report["verdict"] = "\n".join([report["verdict"], *caveats])
+    report["plan"] = plan
     extras.provenance = [
         ("config", matrix.config_file),
         *((f"arm {name}", arms[name].describe(cfg)) for name in names),
@@ -86,6 +201,12 @@ def measure_gain(
     ]
     _write(matrix.output, measurement, extras, truth, files, matrix.image_root)
     return measurement
+
+
+def _check(matrix: Matrix, question: Question, bootstrap: int, against: str | None) -> None:
+    """What would be found only after the training, before it."""
+    _reference_first([arm.name for arm in matrix.arms], against)
+    check_question(question, bootstrap, GroundTruth(matrix.annotation_file))
 
 
 def compare_results(
@@ -160,10 +281,12 @@ def _write(
 
 
 def _in_words(plan: dict) -> str:
+    looks = plan.get("looks")
+    adding = f"; {Looks(**looks).in_words()}" if isinstance(looks, dict) else ""
     return (
         f"primary metric {plan.get('metric')}, margin {plan.get('margin')} points, "
         f"{'paired by seed' if plan.get('paired') else 'not paired'}, arms {', '.join(plan.get('arms', []))}, seeds "
-        f"{', '.join(map(str, plan['seeds']))}"
+        f"{', '.join(map(str, plan['seeds']))}{adding}"
     )
 
 

@@ -4,6 +4,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from ..engine.training import setup_config
 from ..errors import Stopped, UserError
 from ..files import cannot_write, write_json
 from .arms import choose_arms, examine_arms
-from .processes import Launch, RunProcess
+from .processes import Launch, RunFailed, RunProcess
 from .run import START_FILE, Run
 from .worker import import_modules
 
@@ -28,6 +29,19 @@ _EVALUATIONS = 4
 _POLL_SECONDS = 0.5
 # Between two lines of progress in a file.
 _LOG_SECONDS = 30.0
+
+
+@dataclass
+class Execution:
+    """What was not brought to its end by :meth:`Matrix.execute`.
+
+    Attributes:
+        failed: the errors by the name of the run, where others were to go on nevertheless.
+        left: the runs that another worker has, or that wait for one of those, where they were not to be waited for.
+    """
+
+    failed: dict[str, str] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
 
 
 class Matrix:
@@ -116,56 +130,93 @@ class Matrix:
         """The images of the validation set."""
         return Path(MetadataCatalog.get(self.config.DATASETS.TEST[0]).image_root)
 
-    def execute(self, jobs: int = 1) -> None:
+    def run_of(self, arm: str, seed: int) -> Run:
+        """The run of an arm and a seed.
+
+        Raises:
+            UserError: there is none.
+        """
+        for run in self.runs:
+            if (run.arm.name, run.seed) == (arm, seed):
+                return run
+        raise UserError(
+            f"there is no run {arm} {seed}: the arms are {', '.join(arm.name for arm in self.arms)}, the seeds "
+            f"{', '.join(map(str, self.seeds))}"
+        )
+
+    def complete_seeds(self) -> list[int]:
+        """The seeds of which every arm has finished."""
+        return [seed for seed in self.seeds if all(run.finished for run in self.runs if run.seed == seed)]
+
+    def execute(
+        self, jobs: int = 1, *, runs: Sequence[Run] | None = None, wait: bool = True, keep_going: bool = False
+    ) -> Execution:
         """Brings every run to its end, here or in other workers that share the folder.
 
         Shows the progress of all runs together, and a line for each that ends.
 
         Args:
             jobs: runs at once in this worker; they share the cores and the GPUs.
+            runs: those that are wanted; all by default.
+            wait: for the runs that other workers have.
+            keep_going: a run that fails does not end the others.
 
         Raises:
             UserError: a run found a mistake of the user's.
-            RunFailed: a run failed otherwise. The others that this worker has going end; they can be resumed.
+            RunFailed: a run failed otherwise. The others that this worker has going end; they can be resumed. With
+                ``keep_going`` neither is raised.
             Stopped: a signal asked for it, and the steps that were going on have ended with checkpoints.
         """
         if jobs < 1:
             raise UserError(f"--jobs must be at least 1, got {jobs}")
         if self.launch.num_machines > 1 and jobs > 1:
             raise UserError("--jobs goes with one machine a run: leave out --num-machines, or --jobs")
-        pending = [run for run in self.runs if not run.finished]
-        for run in self.runs:
+        result = Execution()
+        wanted = self.runs if runs is None else list(runs)
+        pending = [run for run in wanted if not run.finished]
+        for run in wanted:
             if run.finished:
                 print(f"kept {_summary(run)}", flush=True)
         if not pending:
-            return
+            return result
         active: dict[int, RunProcess] = {}
         told = False
         with contextlib.ExitStack() as stack:
             stack.callback(lambda: [process.stop() for process in active.values()])
-            bar = stack.enter_context(_progress_bar(self.runs))
+            bar = stack.enter_context(_progress_bar(wanted))
             stack.enter_context(waiting())
             while pending or active:
                 if asked() is not None:
                     self._end_early(active)
                 for slot, process in list(active.items()):
-                    if process.ended():
+                    try:
+                        if process.ended():
+                            del active[slot]
+                            bar.write(f"finished {_summary(process.run)}")
+                    except (UserError, RunFailed) as error:
+                        if not keep_going:
+                            raise
                         del active[slot]
-                        bar.write(f"finished {_summary(process.run)}")
+                        result.failed[process.run.name] = str(error)
+                        bar.write(f"failed, the others go on: {error}")
                 for slot in [slot for slot in range(jobs) if slot not in active]:
-                    process = self._claim(pending, slot, jobs)
+                    process = self._claim(pending, slot, jobs, result.failed if keep_going else None)
                     if process is not None:
                         active[slot] = process
                         bar.write(f"started {process.run.name}, log in {process.run.log}")
+                if pending and not active and not wait:
+                    result.left = [run.name for run in pending]
+                    break
                 if pending and not active and not told:
                     bar.write(f"waiting for {', '.join(run.name for run in pending)}: another worker has them")
                     told = True
                 bar.set_postfix_str(", ".join(_state(process.run) for process in active.values()), refresh=False)
-                bar.update(sum(run.iterations_done for run in self.runs) - bar.n)
+                bar.update(sum(run.iterations_done for run in wanted) - bar.n)
                 if sys.stderr.isatty():
                     bar.refresh()  # so that the clock runs
                 if pending or active:
                     time.sleep(_POLL_SECONDS)
+        return result
 
     def _end_early(self, active: dict[int, RunProcess]) -> None:
         for process in active.values():
@@ -177,11 +228,19 @@ class Matrix:
             time.sleep(_POLL_SECONDS)
         raise Stopped(asked())
 
-    def _claim(self, pending: list[Run], slot: int, jobs: int) -> "RunProcess | None":
-        """Starts the first pending run that no other worker has; takes those that are finished off the list."""
+    def _claim(self, pending: list[Run], slot: int, jobs: int, failed: dict[str, str] | None) -> "RunProcess | None":
+        """Starts the first pending run that no other worker has; takes those that are finished off the list.
+
+        Args:
+            failed: takes the errors of runs that cannot be started, in place of raising them.
+        """
         for run in list(pending):
             if run.finished:
                 pending.remove(run)
+                continue
+            if failed and run.reference is not None and run.reference.name in failed:
+                pending.remove(run)
+                failed[run.name] = f"{run.name} starts from {run.reference.name}, which has failed"
                 continue
             if not run.is_ready or not (self.launch.is_main or run.reference is None or run.start.is_file()):
                 continue
@@ -206,10 +265,14 @@ class Matrix:
                     write_json(run.folder / FINGERPRINT_FILE, run.fingerprint)
                     run.make_start()
                 process = RunProcess(run, lock, self.launch, slot, jobs)
-            except BaseException:
+            except BaseException as error:
                 if lock:
                     lock.release()
-                raise
+                if failed is None or not isinstance(error, UserError):
+                    raise
+                pending.remove(run)
+                failed[run.name] = str(error)
+                continue
             pending.remove(run)
             return process
         return None

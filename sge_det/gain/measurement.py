@@ -17,6 +17,7 @@ from ..evaluation.bootstrap import bootstrap_metrics, image_weights
 from ..evaluation.coco import coco_metrics, evaluate_detections, metric_names
 from ..evaluation.matching import Matches, Objects
 from .inference import (
+    ALPHA,
     CONFIDENCE,
     Interval,
     both_interval,
@@ -95,6 +96,7 @@ def measure(
     gates: Mapping[str, Mapping[int, dict]] | None = None,
     images: bool = True,
     question: Question = DECLARED,
+    level: float = ALPHA,
 ) -> Measurement:
     """Compares arms by their detections on one validation set; shows its progress.
 
@@ -106,6 +108,7 @@ def measure(
         gates: by arm and seed, the statistics of :func:`sge_det.modeling.gates.gate_statistics`.
         images: also score each image, which the gallery needs.
         question: what is to be answered.
+        level: of the verdicts, as in :func:`.verdict.judge`.
 
     Raises:
         UserError: a file is missing, malformed or given twice, the arms do not have the same number of files, or the
@@ -156,7 +159,7 @@ def measure(
             evidence[name] = of_arm[question.metric]
         primary = task == tasks[0]
         report["verdicts"] += judge(
-            evidence, reference, task, question.metric, question, primary=primary, bootstrap=bootstrap
+            evidence, reference, task, question.metric, question, primary=primary, bootstrap=bootstrap, level=level
         )
     report["notes"] = notes
     sentences = [verdict["sentence"] for verdict in report["verdicts"]]

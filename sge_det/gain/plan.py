@@ -5,14 +5,18 @@ from dataclasses import asdict
 
 from ..errors import UserError
 from ..files import make_folder, write_json
+from .looks import Looks
 from .matrix import Matrix
 from .verdict import Question
 
 PLAN_FILE = "plan.json"
 
 
-def declare(matrix: Matrix, question: Question) -> dict:
+def declare(matrix: Matrix, question: Question, looks: Looks | None = None) -> dict:
     """The plan of a comparison: that of its first call, which writes it before any run.
+
+    Args:
+        looks: the rule by which seeds are added; None for a fixed number.
 
     Raises:
         UserError: it cannot be read or written.
@@ -29,15 +33,28 @@ def declare(matrix: Matrix, question: Question) -> dict:
         raise UserError(f"{path} cannot be read: {error}") from error
     plan = {"schema": 1, **asdict(question)}
     plan |= {"arms": [arm.name for arm in matrix.arms], "seeds": matrix.seeds}
+    plan["looks"] = None if looks is None else asdict(looks)
     plan["finished_before"] = [run.name for run in matrix.runs if run.finished]
     make_folder(matrix.output)
     write_json(path, plan)
     return plan
 
 
-def departures(plan: dict, question: Question, arms: list[str], seeds: list[int]) -> list[str]:
+def asks_another_question(plan: dict, question: Question) -> bool:
+    """Whether ``question`` is not the one that was declared, so that its answer is exploratory."""
+    return any(plan.get(name, here) != here for name, here in asdict(question).items() if name != "difference")
+
+
+def departures(
+    plan: dict, question: Question, arms: list[str], seeds: list[int], looks: Looks | None = None
+) -> list[str]:
     """A sentence for each way in which what was done is not what ``plan`` declares."""
     found = []
+    if plan.get("looks") != (None if looks is None else asdict(looks)):
+        found.append(
+            "The rule by which seeds are added is not the one that was declared before the first run: error rates do "
+            "not hold under it."
+        )
     for name, here in asdict(question).items():
         if name != "difference" and plan.get(name, here) != here:
             found.append(
@@ -52,7 +69,7 @@ def departures(plan: dict, question: Question, arms: list[str], seeds: list[int]
             f"{', '.join(map(str, plan['seeds']))}: where that was done because of what these showed, false claims are "
             "more frequent than 5%."
         )
-    if left_out:
+    if left_out and looks is None:
         found.append(f"The seeds {', '.join(left_out)} were declared and are left out here.")
     declared = plan.get("arms", arms)
     added, left_out = ([name for name in a if name not in b] for a, b in ((arms, declared), (declared, arms)))

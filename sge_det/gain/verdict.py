@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,8 @@ class Verdict:
         p, equivalence_p: corrected over the arms; NaN without an interval.
         excludes_zero: of the interval over both, without any correction; None without it.
         power: of the primary metric alone.
+        low, high: of the interval over both that the outcome follows from, in AP points, at 95% or, with looks at
+            growing numbers of seeds, at the confidence of this look; NaN without it.
     """
 
     arm: str
@@ -92,6 +94,8 @@ class Verdict:
     excludes_zero: bool | None
     power: Power | None
     sentence: str
+    low: float
+    high: float
 
 
 def judge(
@@ -103,6 +107,7 @@ def judge(
     *,
     primary: bool,
     bootstrap: int,
+    level: float = ALPHA,
 ) -> list[dict[str, Any]]:
     """The verdicts of a metric for all arms, corrected together, as report.json holds them.
 
@@ -110,9 +115,12 @@ def judge(
         evidence: by arm.
         primary: whether the metric is the one that was declared.
         bootstrap: samples; 0 says why there are no intervals over the images.
+        level: at which zero and the margin are excluded; of this look, where seeds are added until there is an answer.
     """
     found = []
-    corrected = outcomes([each.both for each in evidence.values()], question.margin)
+    if level != ALPHA:
+        evidence = {name: replace(each, both=each.both and each.both.at(1 - level)) for name, each in evidence.items()}
+    corrected = outcomes([each.both for each in evidence.values()], question.margin, level)
     for (name, each), outcome in zip(evidence.items(), corrected):
         seen = _power(each, question, len(evidence)) if primary else None
         sentence = f"{name} - {reference} = {each.mean:+.2f} {TASK_NAMES[task]} {metric}"
@@ -121,7 +129,7 @@ def judge(
         elif not any([*each.reference, *each.arm]):
             sentence += ": both are 0 with every seed. Neither detects anything, so there is nothing to compare."
         else:
-            sentence += _of_seeds(each) + _what_it_shows(each, outcome, question, len(evidence), bootstrap)
+            sentence += _of_seeds(each) + _what_it_shows(each, outcome, question, len(evidence), bootstrap, level)
             sentence += _in_words(seen, len(each.arm))
         if not primary:
             sentence = f"Exploratory, counted with nothing else: {sentence}"
@@ -131,6 +139,8 @@ def judge(
                 Verdict(
                     *(name, task, metric, outcome.outcome, primary, outcome.p, outcome.equivalence_p, excludes, seen),
                     sentence,
+                    math.nan if each.both is None else each.both.low,
+                    math.nan if each.both is None else each.both.high,
                 )
             )
         )
@@ -144,12 +154,14 @@ def _of_seeds(each: Evidence) -> str:
     if each.both is None:
         return f" (mean of {count} seeds): "
     return (
-        f" (mean of {count} seeds, {each.both.confidence:.0%} interval over new seeds and new images "
+        f" (mean of {count} seeds, {100 * each.both.confidence:.3g}% interval over new seeds and new images "
         f"{each.both.low:+.2f} to {each.both.high:+.2f}): "
     )
 
 
-def _what_it_shows(each: Evidence, outcome: Outcome, question: Question, arms: int, bootstrap: int) -> str:
+def _what_it_shows(
+    each: Evidence, outcome: Outcome, question: Question, arms: int, bootstrap: int, level: float
+) -> str:
     if len(each.arm) == 1:
         return "with one seed, seed noise was not measured, so no gain or loss is shown; give more seeds."
     if each.seeds is None:
@@ -168,7 +180,7 @@ def _what_it_shows(each: Evidence, outcome: Outcome, question: Question, arms: i
         text += f", though one of less than {margin}." if outcome.within_margin else "."
     elif outcome.outcome == "no relevant difference":
         text = f"no relevant difference: one of {margin} or more is excluded."
-    elif outcome.p <= ALPHA:
+    elif outcome.p <= level:
         text = "it rounds to 0.00, which is no gain or loss."
     else:
         text = f"undecided: neither zero ({p}) nor a difference of {margin} is excluded."

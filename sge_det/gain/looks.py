@@ -1,0 +1,65 @@
+"""Seeds that are added one at a time until the answer is in, with error rates that hold under that looking."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UserError
+from .inference import sequential_levels
+
+# The first look: two seeds tell next to nothing.
+FIRST_SEEDS = 3
+MOST_SEEDS = 20
+
+
+@dataclass(frozen=True)
+class Looks:
+    """When to look, and when to stop.
+
+    All looks together keep the error rates of one (:func:`.inference.sequential_levels`), whatever the rule.
+
+    Attributes:
+        first: seeds at the first look.
+        most: seeds at the last.
+        until: stop when every arm's interval over new seeds and new images, at the confidence of the look, is at most
+            so wide, from its low end to its high one, in AP points; 0 for no such rule.
+        decide: stop when every arm's verdict is decided (gain, loss or no relevant difference).
+    """
+
+    first: int = FIRST_SEEDS
+    most: int = MOST_SEEDS
+    until: float = 0.0
+    decide: bool = False
+
+    def check(self) -> None:
+        """Checks the rule.
+
+        Raises:
+            UserError: it can never be met, or looks at fewer than two seeds.
+        """
+        if self.decide == bool(self.until):
+            raise UserError("give --until WIDTH or --decide DELTA, one of the two")
+        if not 0 <= self.until < math.inf:
+            raise UserError(f"--until {self.until} must be a width in AP points above 0")
+        if self.first < 2:
+            raise UserError("looking needs two seeds at least: give more to --seeds, or none, which starts with 3")
+        if self.most < self.first:
+            raise UserError(f"--max-seeds {self.most} is less than the {self.first} of --seeds, which come first")
+
+    def __iter__(self) -> Iterator[tuple[int, float]]:
+        """(Number of seeds, level) of each look."""
+        counts = tuple(range(self.first, self.most + 1))
+        return iter(zip(counts, sequential_levels(counts), strict=True))
+
+    def answered(self, report: Mapping[str, Any]) -> bool:
+        """Whether the primary verdicts of a report, which were taken at a look's level, end the looking."""
+        primary = [verdict for verdict in report["verdicts"] if verdict["primary"]]
+        if self.decide:
+            return all(verdict["outcome"] != "undecided" for verdict in primary)
+        return all(verdict["high"] - verdict["low"] <= self.until for verdict in primary)
+
+    def in_words(self) -> str:
+        """The rule, as a report tells it."""
+        rule = "every verdict is decided" if self.decide else f"every interval is at most {self.until:g} AP points wide"
+        return f"from {self.first} to {self.most} seeds, one at a time, until {rule}"

@@ -1,0 +1,216 @@
+"""How many seeds? Power, seeds and hours of a comparison, before it is run."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import scipy.stats
+from scipy.special import stdtrit
+
+from ..errors import UserError
+from .inference import (
+    ALPHA,
+    POWER,
+    Design,
+    measured_design,
+    minimal_detectable_difference,
+    power,
+    seeds_needed,
+)
+from .report import Table
+from .run import RESULT_FILE
+
+# Standard deviations of an arm's box AP over seeds, in AP points.
+PUBLISHED = (
+    ("ViTDet-B on COCO, 5 seeds (Li et al., 2022)", 0.10),
+    ("what Detectron2's maintainers expect on COCO", 0.2),
+    ("small Faster R-CNN on BCCD, 5 seeds (docs/results.md)", 0.34),
+    ("small RetinaNet on BCCD, 5 seeds (docs/results.md)", 1.12),
+)
+_DIFFERENCES = (0.25, 0.5, 1.0, 2.0)
+_SEEDS = (2, 3, 5, 8, 10, 15, 20)
+_MOST_SEEDS = 1000
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What is known of a comparison before it is run.
+
+    Attributes:
+        name: of the comparison, or of where the spread is from.
+        design: its noise.
+        hours: of a pair of runs, the reference's and the arm's; NaN where it is not known.
+        pilot_seeds: from which the spread is known; 0 where it was given.
+    """
+
+    name: str
+    design: Design
+    hours: float = math.nan
+    pilot_seeds: int = 0
+
+    @property
+    def spread(self) -> float:
+        """The standard deviation of the difference over seeds, AP points."""
+        a, b = self.design.reference_sd, self.design.arm_sd
+        return math.sqrt(max(a**2 + b**2 - 2 * self.design.correlation * a * b, 0.0))
+
+    def spread_range(self) -> tuple[float, float] | None:
+        """The 80% interval of the spread, which few pilot seeds tell badly (chi-squared); None where it was given."""
+        dof = self.pilot_seeds - 1
+        if dof < 1:
+            return None
+        low, high = scipy.stats.chi2.ppf([0.1, 0.9], dof)
+        return self.spread * math.sqrt(dof / high), self.spread * math.sqrt(dof / low)
+
+
+def given(
+    sd: Sequence[float], correlation: float = 0.0, image_error: float = 0.0, images: int = 5000, hours: float = math.nan
+) -> Outlook:
+    """The outlook from numbers that the user knows.
+
+    Args:
+        sd: the standard deviation of the metric over seeds, AP points: one for both arms, or the reference's and the
+            arm's.
+        correlation: of the arms over seeds.
+        image_error: the standard error of the difference that the images add.
+        images: of the validation set.
+        hours: of a pair of runs.
+
+    Raises:
+        UserError: a number that cannot be.
+    """
+    if len(sd) not in (1, 2) or not all(0 < value < 100 for value in sd):
+        raise UserError(
+            f"--sd takes one or two standard deviations in AP points, above 0, got {' '.join(map(str, sd))}"
+        )
+    if not -1 <= correlation <= 1:
+        raise UserError(f"--correlation {correlation} must be from -1 to 1")
+    if not 0 <= image_error < 100 or images < 2:
+        raise UserError("--image-error must be a number of AP points, of at least 2 --images-count images")
+    return Outlook("as given", Design(sd[0], sd[-1], correlation, True, image_error, images), hours)
+
+
+def published(hours: float = math.nan) -> list[Outlook]:
+    """Outlooks from spreads that others have seen, for who has no pilot."""
+    return [Outlook(name, Design(sd, sd), hours) for name, sd in PUBLISHED]
+
+
+def from_pilot(path: str | Path, metric: str = "AP", *, paired: bool = True) -> list[Outlook]:
+    """An outlook for each arm of a finished comparison.
+
+    Args:
+        path: its ``report.json``, or the folder that holds it and the runs, whose times are taken then.
+        metric: the primary one, of the first task.
+        paired: by seed.
+
+    Raises:
+        UserError: there is no report there, it is of one seed, or it does not know the metric.
+    """
+    path = Path(path)
+    file = path / "report.json" if path.is_dir() else path
+    try:
+        return _outlooks(json.loads(file.read_bytes()), file, metric, paired)
+    except OSError as error:
+        raise UserError(f"--pilot {file} cannot be read: {error.strerror}") from error
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise UserError(f"--pilot {file} cannot be read: it is no report.json of measure_gain") from error
+
+
+def _outlooks(report: dict, file: Path, metric: str, paired: bool) -> list[Outlook]:
+    task, reference, seeds, images = report["tasks"][0], report["reference"], report["seeds"], report["images"]
+    theirs = report["arms"][reference][task]
+    if metric not in theirs:
+        raise UserError(f"--metric {metric} is none of the pilot's: {', '.join(list(theirs)[:40])}")
+    if len(seeds) < 2:
+        raise UserError(f"--pilot {file} has one seed, which shows no spread: give it two at least, or --sd")
+    found = []
+    for arm, tasks in report["differences"].items():
+        a, b = theirs[metric]["values"], report["arms"][arm][task][metric]["values"]
+        if None in a or None in b:
+            raise UserError(f"--pilot {file}: {metric} is absent in it")
+        design = replace(
+            measured_design(a, b, None, images, paired=paired), image_error=_image_error(tasks[task][metric], images)
+        )
+        if not (design.reference_sd or design.arm_sd):
+            raise UserError(f"--pilot {file}: all seeds of {reference} and {arm} are equal, which shows no spread")
+        hours = _hours(file.parent, (reference, arm), seeds)
+        found.append(Outlook(f"{arm} - {reference}, {metric}", design, hours, len(seeds)))
+    return found
+
+
+def _image_error(difference: dict, images: int) -> float:
+    bounds = (difference.get("intervals") or {}).get("images")
+    return (bounds["high"] - bounds["low"]) / 2 / float(stdtrit(images - 1, 0.975)) if bounds else 0.0
+
+
+def _hours(folder: Path, arms: Sequence[str], seeds: Sequence[int]) -> float:
+    """Hours of a pair of runs, the mean over the seeds; NaN where the runs are not there."""
+    seconds = 0.0
+    for arm in arms:
+        for seed in seeds:
+            try:
+                seconds += json.loads((folder / arm / f"seed{seed}" / RESULT_FILE).read_bytes())["seconds"]
+            except (OSError, ValueError, KeyError, TypeError):
+                return math.nan
+    return seconds / len(seeds) / 3600
+
+
+def tables(outlook: Outlook, difference: float, seeds: int | None = None, arms: int = 1) -> list[Table]:
+    """Seeds and hours by difference, and the least difference that is seen by seeds.
+
+    Args:
+        outlook: of the comparison.
+        difference: that the user wants to see, AP points; some others stand beside it.
+        seeds: that the user can pay for; some others stand beside them.
+        arms: that are compared with the reference, and corrected together.
+    """
+    design, alpha = outlook.design, ALPHA / arms
+    by_difference = []
+    for value in sorted({*_DIFFERENCES, difference}):
+        needed = seeds_needed(design, value, alpha=alpha, most=_MOST_SEEDS)
+        row = [f"{value:g}", "none suffices: more images" if needed is None else str(needed)]
+        by_difference.append([*row, _cost(outlook, needed)])
+    by_seeds = []
+    for count in sorted({*_SEEDS, *([seeds] if seeds else [])}):
+        least = minimal_detectable_difference(design, count, alpha=alpha)
+        chance = power(design, difference, count, alpha)
+        by_seeds.append([str(count), f"{least:.2f}", f"{chance:.2f}", _cost(outlook, count)])
+    return [
+        Table(
+            ["true difference (AP)", f"seeds an arm, to see it with {POWER:.0%}", "hours of a pair of arms"],
+            by_difference,
+        ),
+        Table(
+            [
+                "seeds an arm",
+                f"least difference seen with {POWER:.0%}",
+                f"chance to see {difference:g}",
+                "hours of a pair of arms",
+            ],
+            by_seeds,
+        ),
+    ]
+
+
+def _cost(outlook: Outlook, seeds: int | None) -> str:
+    return "" if seeds is None or not math.isfinite(outlook.hours) else f"{seeds * outlook.hours:.1f}"
+
+
+def in_words(outlook: Outlook) -> str:
+    """What the outlook stands on."""
+    text = f"{outlook.name}: the difference's standard deviation over seeds is {outlook.spread:.2f} AP"
+    if outlook.pilot_seeds:
+        low, high = outlook.spread_range() or (0.0, math.inf)
+        text += f" (of {outlook.pilot_seeds} seeds, which tell it badly: 80% interval {low:.2f} to {high:.2f})"
+    if outlook.design.image_error:
+        text += (
+            f"; the {outlook.design.images} images add a standard error of {outlook.design.image_error:.2f}, which no "
+            "number of seeds lessens"
+        )
+    else:
+        text += "; the images' own noise is not known and left out, so these numbers speak of one validation set"
+    return f"{text}."

@@ -1,0 +1,205 @@
+"""Runs that are chosen one by one, fail, or are added until the answer is in; no run here trains anything."""
+
+import json
+from pathlib import Path
+
+import filelock
+import numpy as np
+import pytest
+from conftest import TINY
+from scipy.stats import ttest_1samp
+
+from sge_det import UserError
+from sge_det.gain import Looks, Matrix, Question, RunFailed, decide_gain, measure_gain, report_gain
+from sge_det.gain import matrix as matrix_module
+from sge_det.gain.inference import sequential_levels
+
+CONFIG = "sample/faster_rcnn_SGE_R_50_FPN.yaml"
+
+
+class Fake:
+    """Stands for a run's process: ends at once, with boxes that are off by what the arm and the seed make of it."""
+
+    shift = {"plain": 0.1, "sge": 0.1}  # share of a box's width, by arm
+    noise = 0.02
+    fails: set = set()
+
+    def __init__(self, run, lock, launch, slot, jobs):
+        self.run, self.lock = run, lock
+
+    def ended(self):
+        self.stop()
+        if self.run.name in self.fails:
+            raise RunFailed(f"{self.run.name} failed (exit 1)")
+        truth = json.loads(Path(self.truth).read_text())
+        rng = np.random.default_rng([self.run.seed, self.run.arm.name == "sge"])
+        shift = self.shift[self.run.arm.name] + self.noise * rng.standard_normal()
+        found = []
+        for entry in truth["annotations"]:
+            x, y, width, height = entry["bbox"]
+            box = [x + width * (shift + 0.02 * rng.standard_normal()), y, width, height]
+            found.append(
+                {"image_id": entry["image_id"], "category_id": entry["category_id"], "bbox": box, "score": rng.random()}
+            )
+        self.run.predictions.parent.mkdir(parents=True, exist_ok=True)
+        self.run.predictions.write_text(json.dumps(found))
+        record = {"schema": 1, "seconds": 1.0, "results": {"bbox": {"AP": 1.0}}, "gates": {}, "pointing": {}}
+        (self.run.folder / "result.json").write_text(json.dumps(record))
+        return True
+
+    def stop(self):
+        self.lock.release()
+
+    def ask_to_stop(self):
+        pass
+
+
+@pytest.fixture
+def make(sample_datasets, tmp_path, monkeypatch):
+    """Makes a matrix whose runs are faked, in the same folder each time."""
+    monkeypatch.setattr(matrix_module, "RunProcess", Fake)
+    monkeypatch.setattr(matrix_module, "_POLL_SECONDS", 0.0)
+    monkeypatch.setattr(Fake, "fails", set())
+    monkeypatch.setattr(Fake, "shift", {"plain": 0.1, "sge": 0.1})
+    monkeypatch.setattr(Fake, "truth", sample_datasets[1][1], raising=False)
+
+    def make(seeds, **options):
+        return Matrix(CONFIG, tmp_path / "out", overrides=TINY, datasets=sample_datasets, seeds=seeds, **options)
+
+    return make
+
+
+def finished(matrix):
+    return [run.name for run in matrix.runs if run.finished]
+
+
+def test_seeds_are_added_until_a_gain_is_plain(make, monkeypatch):
+    monkeypatch.setattr(Fake, "shift", {"plain": 0.3, "sge": 0.05})
+    matrix = make(range(8))
+    looks = Looks(first=3, most=8, decide=True)
+    report = decide_gain(matrix, looks, bootstrap=200, question=Question(margin=0.5)).report
+    (verdict,) = [verdict for verdict in report["verdicts"] if verdict["primary"]]
+    assert verdict["outcome"] == "gain"
+    assert len(report["seeds"]) < 8
+    assert len(finished(matrix)) == 2 * len(report["seeds"])
+    level = dict(zip(range(3, 9), sequential_levels(tuple(range(3, 9)))))[len(report["seeds"])]
+    assert report["look"]["level"] == level < 0.05
+    assert report["plan"]["looks"] == {"first": 3, "most": 8, "until": 0.0, "decide": True}
+    assert f"at the level {level:.4f}" in report["verdict"]
+    # the interval of the verdict is that of the look, wider than the 95% of a fixed number of seeds
+    fixed = report["differences"]["sge"]["bbox"]["AP"]["intervals"]["both"]
+    assert verdict["low"] < fixed["low"] < fixed["high"] < verdict["high"]
+
+
+def test_without_an_answer_the_last_look_ends_it(make):
+    matrix = make(range(4))
+    report = decide_gain(
+        matrix, Looks(first=3, most=4, decide=True), bootstrap=200, question=Question(margin=0.01)
+    ).report
+    assert report["seeds"] == [0, 1, 2, 3]
+    assert report["verdicts"][0]["outcome"] == "undecided"
+    assert "left out" not in report["verdict"] and "added" not in report["verdict"].split("Looked at")[0]
+
+
+def test_a_width_ends_it_too_and_the_same_call_again_trains_nothing(make, monkeypatch):
+    matrix = make(range(6))
+    looks = Looks(first=3, most=6, until=100.0)
+    first = decide_gain(matrix, looks, bootstrap=200).report
+    assert first["seeds"] == [0, 1, 2]
+    monkeypatch.setattr(matrix_module, "RunProcess", pytest.fail)
+    assert decide_gain(make(range(6)), looks, bootstrap=200).report["verdicts"] == first["verdicts"]
+
+
+def test_another_rule_or_question_than_was_declared_is_told(make):
+    decide_gain(make(range(4)), Looks(first=3, most=4, until=100.0), bootstrap=200)
+    with pytest.raises(UserError, match="begun with another question"):
+        decide_gain(make(range(4)), Looks(first=3, most=4, until=100.0), bootstrap=200, question=Question("AP50"))
+    report = measure_gain(make(range(3)), bootstrap=200, question=Question("AP50")).report
+    assert "The rule by which seeds are added is not the one that was declared" in report["verdict"]
+    assert "The metric was declared as AP before the first run and is AP50 here" in report["verdict"]
+    assert [verdict["primary"] for verdict in report["verdicts"]] == [False] * len(report["verdicts"])
+
+
+def test_seeds_added_by_hand_are_told(make):
+    measure_gain(make([0, 1]), bootstrap=200)
+    report = measure_gain(make([0, 1, 2]), bootstrap=200).report
+    assert "The seeds 2 were added to those that were declared, 0, 1" in report["verdict"]
+
+
+@pytest.mark.parametrize(
+    ("looks", "words"),
+    [
+        (Looks(), "give --until WIDTH or --decide DELTA"),
+        (Looks(until=1.0, decide=True), "one of the two"),
+        (Looks(until=-1.0), "must be a width"),
+        (Looks(until=float("nan")), "must be a width"),
+        (Looks(first=1, decide=True), "two seeds at least"),
+        (Looks(first=5, most=4, decide=True), "--max-seeds 4 is less than the 5"),
+    ],
+)
+def test_rules_that_cannot_be(looks, words):
+    with pytest.raises(UserError, match=words):
+        looks.check()
+
+
+def test_all_looks_together_keep_their_level():
+    """Against a simulation of its own: Student's t of the first 3, 4, ... 8 of 8 normal differences."""
+    rng = np.random.default_rng(1)
+    draws = rng.standard_normal((40_000, 8))
+    crossed = np.zeros(len(draws), bool)
+    for seeds, level in Looks(3, 8, decide=True):
+        crossed |= ttest_1samp(draws[:, :seeds], 0, axis=1).pvalue <= level
+    assert crossed.mean() == pytest.approx(0.05, abs=0.004)
+
+
+def test_a_failed_run_does_not_end_its_neighbours(make, monkeypatch):
+    monkeypatch.setattr(Fake, "fails", {"sge/seed0"})
+    matrix = make([0, 1, 2])
+    with pytest.raises(RunFailed, match=r"1 of 6 runs failed: sge/seed0 failed .*same command again"):
+        measure_gain(matrix, bootstrap=200, keep_going=True)
+    assert len(finished(matrix)) == 5
+    report = json.loads((matrix.output / "report.json").read_text())
+    assert report["seeds"] == [1, 2]
+    assert "Not finished, so that their seeds are left out: sge/seed0" in report["verdict"]
+    monkeypatch.setattr(Fake, "fails", set())
+    assert measure_gain(make([0, 1, 2]), bootstrap=200, keep_going=True).report["seeds"] == [0, 1, 2]
+
+
+def test_without_keep_going_it_ends_all(make, monkeypatch):
+    monkeypatch.setattr(Fake, "fails", {"sge/seed0"})
+    matrix = make([0, 1])
+    with pytest.raises(RunFailed, match=r"^sge/seed0 failed"):
+        measure_gain(matrix, bootstrap=200)
+    assert finished(matrix) == ["plain/seed0"]
+
+
+def test_a_transplant_of_a_failed_run_fails_too(make, monkeypatch):
+    monkeypatch.setattr(Fake, "fails", {"plain/seed0"})
+    matrix = make([0], arm_names=["plain", "sge-transplant", "sge"])
+    failed = matrix.execute(keep_going=True).failed
+    assert failed["sge-transplant/seed0"] == "sge-transplant/seed0 starts from plain/seed0, which has failed"
+    assert finished(matrix) == ["sge/seed0"]
+
+
+def test_runs_of_other_workers_are_left_to_them(make, capsys):
+    matrix = make([0])
+    held = matrix.run_of("sge", 0)
+    held.folder.mkdir(parents=True)
+    with filelock.FileLock(held.folder / ".claim.lock"):
+        assert measure_gain(matrix, bootstrap=200, wait=False) is None
+    assert "left to other workers: sge/seed0; --report-only reports" in capsys.readouterr().out
+    assert finished(matrix) == ["plain/seed0"]
+    assert not (matrix.output / "report.json").exists()
+    with pytest.raises(UserError, match=r"no seed has finished in every arm, .*: sge/seed0"):
+        report_gain(matrix)
+
+
+def test_one_run_alone_and_then_the_report(make):
+    matrix = make([0, 1])
+    for arm, seed in (("plain", 0), ("sge", 0), ("sge", 1)):
+        matrix.execute(runs=[matrix.run_of(arm, seed)])
+    report = report_gain(matrix, bootstrap=200).report
+    assert report["seeds"] == [0]
+    assert "left out: plain/seed1" in report["verdict"]
+    with pytest.raises(UserError, match="there is no run sge 7: the arms are plain, sge, the seeds 0, 1"):
+        matrix.run_of("sge", 7)

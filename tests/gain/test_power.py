@@ -1,0 +1,133 @@
+"""How many seeds it takes, against simulated experiments and a report."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_1samp
+
+from sge_det import UserError
+from sge_det.gain.power import from_pilot, given, in_words, published, tables
+
+
+def rows(table):
+    return {row[0]: row[1:] for row in table.rows}
+
+
+def test_seeds_are_what_simulated_experiments_need():
+    outlook = given([0.5, 0.7], correlation=0.3)
+    by_difference, by_seeds = tables(outlook, 0.8, 12)
+    needed = int(rows(by_difference)["0.8"][0])
+    spread = math.sqrt(0.5**2 + 0.7**2 - 2 * 0.3 * 0.5 * 0.7)
+    assert outlook.spread == pytest.approx(spread)
+    rng = np.random.default_rng(0)
+
+    def seen(seeds):
+        draws = 0.8 + spread * rng.standard_normal((20_000, seeds))
+        return (ttest_1samp(draws, 0, axis=1).pvalue <= 0.05).mean()
+
+    assert seen(needed) > 0.79
+    assert seen(needed - 1) < 0.81
+    assert float(rows(by_seeds)["12"][1]) == pytest.approx(seen(12), abs=0.01)
+
+
+def test_more_arms_need_more_seeds_and_hours_are_counted():
+    outlook = given([0.5], hours=2.0)
+    one, six = (int(rows(tables(outlook, 0.5, arms=arms)[0])["0.5"][0]) for arms in (1, 6))
+    assert six > one
+    assert rows(tables(outlook, 0.5)[0])["0.5"][1] == f"{2.0 * one:.1f}"
+
+
+def test_where_images_are_the_noise_no_number_of_seeds_suffices():
+    table = rows(tables(given([0.3], image_error=0.5, images=72), 1.0)[0])
+    assert table["1"][0] == "none suffices: more images"
+
+
+@pytest.fixture
+def pilot(tmp_path):
+    values = {"plain": [50.0, 51.0, 50.5], "sge": [51.0, 51.5, 51.75], "se": [50.0, 50.0, 50.0]}
+    both = {"low": -1.0, "high": 3.0}
+    report = {
+        "reference": "plain",
+        "tasks": ["bbox"],
+        "seeds": [0, 1, 2],
+        "images": 101,
+        "arms": {name: {"bbox": {"AP": {"values": of}}} for name, of in values.items()},
+        "differences": {
+            name: {"bbox": {"AP": {"intervals": {"images": both if name == "sge" else None}}}} for name in ("sge", "se")
+        },
+    }
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    return tmp_path
+
+
+def test_a_pilot_shows_its_spread(pilot):
+    sge, se = from_pilot(pilot)
+    assert sge.spread == pytest.approx(np.std([1.0, 0.5, 1.25], ddof=1))
+    assert se.spread == pytest.approx(np.std([50.0, 51.0, 50.5], ddof=1))
+    # a half-width of 2 is 1.984 standard errors with 100 degrees of freedom
+    assert sge.design.image_error == pytest.approx(2 / 1.98397, rel=1e-4)
+    low, high = sge.spread_range()
+    assert low < sge.spread < high
+    assert "of 3 seeds, which tell it badly" in in_words(sge)
+    assert math.isnan(sge.hours)
+    for arm in ("plain", "sge"):
+        for seed in range(3):
+            (pilot / arm / f"seed{seed}").mkdir(parents=True)
+            (pilot / arm / f"seed{seed}" / "result.json").write_text(json.dumps({"seconds": 1800.0}))
+    assert from_pilot(pilot)[0].hours == pytest.approx(1.0)
+    assert math.isnan(from_pilot(pilot / "report.json")[1].hours)
+
+
+def test_pilots_that_tell_nothing(pilot, tmp_path):
+    report = json.loads((pilot / "report.json").read_text())
+    with pytest.raises(UserError, match="--metric AP99 is none of the pilot's: AP"):
+        from_pilot(pilot, "AP99")
+    for change, words in (
+        ({"seeds": [0]}, "has one seed"),
+        ({"arms": {name: {"bbox": {"AP": {"values": [1.0] * 3}}} for name in report["arms"]}}, "no spread"),
+        ({"tasks": []}, "no report.json of measure_gain"),
+        ({"differences": 3}, "no report.json of measure_gain"),
+    ):
+        (tmp_path / "other.json").write_text(json.dumps(report | change))
+        with pytest.raises(UserError, match=words):
+            from_pilot(tmp_path / "other.json")
+    (tmp_path / "none.json").write_text("[]")
+    for path in (tmp_path / "none.json", tmp_path / "absent.json"):
+        with pytest.raises(UserError, match=r"--pilot .* cannot be read"):
+            from_pilot(path)
+
+
+@pytest.mark.parametrize("arguments", [([0.0],), ([1, 2, 3],), ([1.0], 2.0), ([1.0], 0.0, -1.0), ([1.0], 0, 0, 1)])
+def test_numbers_that_cannot_be(arguments):
+    with pytest.raises(UserError, match=r"--sd|--correlation|--image"):
+        given(*arguments)
+
+
+def test_the_tool_plans(call_tool, pilot):
+    for arguments in ((), ("--sd", 0.5), ("--pilot", pilot)):
+        done = call_tool("measure_gain.py", "--plan", *arguments, "--difference", 0.7, "--max-seeds", 4)
+        assert done.returncode == 0, done.stderr
+        assert "| 0.7 " in done.stdout and "\n| 4 " in done.stdout
+    assert done.stdout.count("standard deviation over seeds is") == 2
+    assert len(published()) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--plan --sd 1 --pilot x", "leave out one of them"),
+        ("--plan --config-file x", "--plan trains nothing: leave out --config-file"),
+        ("--sd 1 --output x", "--sd goes with --plan"),
+        ("--config-file x", "give the folder of the runs and the report with --output"),
+        ("--output x --config-file y --until 1 --report-only", "leave out --report-only"),
+        ("--output x --config-file y --decide 0", "--decide 0.0 must be a difference"),
+        ("--output x --config-file y --max-seeds 5", "--max-seeds goes with --until or --decide"),
+        ("--output x --config-file y --report-only --no-wait", "--report-only goes without --no-wait"),
+    ],
+)
+def test_the_tool_refuses_what_does_not_go_together(call_tool, arguments, words):
+    done = call_tool("measure_gain.py", *arguments.split())
+    assert done.returncode == 2
+    assert words in done.stderr
