@@ -16,6 +16,7 @@ from .modeling.blocks import (
 )
 from .modeling.gates import record_gates
 from .modeling.insert import Insertion, insert_sge, with_sge
+from .modeling.paper import EvalBatchNorm2d, LinearP6P7, PerBatchRetinaNet, WeightedCascadeROIHeads
 from .modeling.resnet import (
     build_retinanet_sge_resnet_fpn_backbone,
     build_sge_resnet_backbone,
@@ -32,13 +33,17 @@ __all__ = [
     "AttentiveBasicBlock",
     "AttentiveBottleneckBlock",
     "AttentiveDeformBottleneckBlock",
+    "EvalBatchNorm2d",
     "Insertion",
+    "LinearP6P7",
+    "PerBatchRetinaNet",
     "SGEBasicBlock",
     "SGEBottleneckBlock",
     "SGEDeformBottleneckBlock",
     "SGERes5ROIHeads",
     "SpatialGroupEnhance",
     "UserError",
+    "WeightedCascadeROIHeads",
     "add_sge_config",
     "build_optimizer",
     "build_retinanet_sge_resnet_fpn_backbone",

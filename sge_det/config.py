@@ -22,6 +22,8 @@ from .layers.kernels import KERNELS
 STAGES = ("res2", "res3", "res4", "res5")
 LOADER_TIMEOUT = 600
 OPTIMIZERS = ("SGD", "ADAMW")
+# The release's; Detectron2's heads weigh all stages alike.
+STAGE_LOSS_WEIGHTS = (1.0, 0.5, 0.25)
 
 # A config is a page of text: what is longer, deeper or grows beyond this is none.
 _LONGEST, _MOST_NODES = 1 << 20, 100_000
@@ -37,6 +39,10 @@ _ZOO = Path(detectron2.__file__).resolve().parent / "model_zoo" / "configs"
 def add_sge_config(cfg: CfgNode) -> None:
     """Adds the ``MODEL.SGE`` keys and ours of ``SOLVER`` and ``DATALOADER``, with their defaults, to a config."""
     cfg.MODEL.SGE = _default_options()
+    # The weights of the stages' losses in ROI heads of the name WeightedCascadeROIHeads.
+    cfg.MODEL.ROI_BOX_CASCADE_HEAD.STAGE_LOSS_WEIGHTS = STAGE_LOSS_WEIGHTS
+    # False leaves out the ReLU between RetinaNet's P6 and P7, as the release does.
+    cfg.MODEL.FPN.P7_RELU = True
     # "SGD", as everywhere in Detectron2, or "ADAMW"; BASE_LR, the decays and the clipping serve both.
     cfg.SOLVER.OPTIMIZER = OPTIMIZERS[0]
     # How many steps whose loss is not finite are passed over before training stops.

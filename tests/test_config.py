@@ -19,10 +19,32 @@ EXPECTED_COCO = {
     "COCO-Detection/retinanet_SGE_R_50_FPN_1x.yaml",
     "COCO-InstanceSegmentation/mask_rcnn_SGE_R_50_FPN_1x.yaml",
 }
+# With what Detectron2 cannot say, too.
+EXPECTED_PAPER = {
+    *(f"COCO-Detection/{d}_SGE_R_{n}_FPN_2x_paper.yaml" for d in ("faster_rcnn", "retinanet") for n in (50, 101)),
+    *(f"COCO-Detection/cascade_rcnn_SGE_R_{n}_FPN_20e_paper.yaml" for n in (50, 101)),
+    *(f"COCO-InstanceSegmentation/mask_rcnn_SGE_R_{n}_FPN_2x_paper.yaml" for n in (50, 101)),
+}
 
 
 def test_every_promised_coco_config_is_there():
-    assert {leaf for leaf in LEAVES if leaf.startswith("COCO")} == EXPECTED_COCO
+    assert {leaf for leaf in LEAVES if leaf.startswith("COCO")} == EXPECTED_COCO | EXPECTED_PAPER
+
+
+@pytest.mark.parametrize("leaf", sorted(EXPECTED_PAPER))
+def test_a_paper_config_differs_by_what_detectron2_cannot_say(leaf):
+    paper, base = sge_det.get_config(leaf), sge_det.get_config(leaf.replace("_paper", ""))
+    assert paper.MODEL.RESNETS.NORM == "EvalBN"
+    paper.MODEL.RESNETS.NORM = base.MODEL.RESNETS.NORM
+    if "retinanet" in leaf:
+        assert paper.MODEL.META_ARCHITECTURE == "PerBatchRetinaNet"
+        assert (paper.MODEL.FPN.P7_RELU, base.MODEL.FPN.P7_RELU) == (False, True)
+        paper.MODEL.META_ARCHITECTURE, paper.MODEL.FPN.P7_RELU = "RetinaNet", True
+    if "cascade" in leaf:
+        assert paper.MODEL.ROI_HEADS.NAME == "WeightedCascadeROIHeads"
+        assert paper.MODEL.ROI_BOX_CASCADE_HEAD.STAGE_LOSS_WEIGHTS == (1.0, 0.5, 0.25)
+        paper.MODEL.ROI_HEADS.NAME = "CascadeROIHeads"
+    assert paper == base
 
 
 @pytest.mark.parametrize("leaf", sorted(EXPECTED_COCO))

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from ..config import sge_options
+from ..data.datasets import head_section
 from ..errors import UserError
 from ..layers.attention import ATTENTIONS, SGE, build_rival
 from ..layers.sge import SpatialGroupEnhance
@@ -365,7 +366,7 @@ def _twins(cfg: CfgNode) -> dict[str, nn.Module]:
 def _generated_batch(cfg: CfgNode, images: int, size: tuple[int, int]) -> list[dict]:
     generator = torch.Generator().manual_seed(0)
     height, width = size
-    classes = cfg.MODEL.RETINANET.NUM_CLASSES if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else None
+    classes = cfg.MODEL.RETINANET.NUM_CLASSES if head_section(cfg) == "RETINANET" else None
     classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES if classes is None else classes
     batch = []
     for _ in range(images):

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..config import load_config
 from ..data.annotations import read_annotations
-from ..data.datasets import register_sample
+from ..data.datasets import head_section, register_sample
 from ..data.images import image_fault
 from ..engine import doctor
 from ..engine.training import load_model, setup_config
@@ -76,7 +76,7 @@ def categories(cfg: CfgNode) -> list[dict]:
     Raises:
         UserError: the data set has another number of classes than the model.
     """
-    head = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
+    head = head_section(cfg)
     number = cfg.MODEL[head].NUM_CLASSES
     name = cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else ""
     found: list[dict] = []

@@ -109,7 +109,7 @@ def use_datasets(
     if cfg.MODEL.META_ARCHITECTURE in _WITHOUT_OBJECTS:
         return
     classes = _classes(used[0]) if used else None
-    head = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
+    head = head_section(cfg)
     key = f"MODEL.{head}.NUM_CLASSES"
     if classes and key not in by_hand and set(names) & set(used):
         cfg.MODEL[head].NUM_CLASSES = len(classes)
@@ -121,6 +121,11 @@ def use_datasets(
     for name in set(names) & set(used) if cfg.MODEL.MASK_ON else ():
         entries = ((f"annotation {entry['id']} of {name}", entry) for entry in found[name].content["annotations"])
         check_masks(cfg, entries, are_trained=name in cfg.DATASETS.TRAIN and not eval_only)
+
+
+def head_section(cfg: CfgNode) -> str:
+    """The section of ``cfg.MODEL`` that has the number of classes: "RETINANET", or "ROI_HEADS"."""
+    return "RETINANET" if cfg.MODEL.META_ARCHITECTURE.endswith("RetinaNet") else "ROI_HEADS"
 
 
 def _use_keypoints(cfg: CfgNode, name: str, by_hand: set[str]) -> None:

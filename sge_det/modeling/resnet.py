@@ -8,13 +8,18 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import FPN, Backbone, ResNet, build_resnet_backbone
-from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone, build_retinanet_resnet_fpn_backbone
+from detectron2.modeling.backbone.fpn import (
+    LastLevelP6P7,
+    build_resnet_fpn_backbone,
+    build_retinanet_resnet_fpn_backbone,
+)
 from torch import nn
 
 from ..config import sge_options
 from ..errors import UserError
 from ..layers.attention import build_rival
 from .blocks import Attention, exchange_blocks, sge_attention
+from .paper import LinearP6P7, with_eval_bn
 
 _DEPTHS, _DEEPLAB_DEPTHS = (18, 34, 50, 101, 152), (50, 101, 152)
 # What only DeepLab's builder reads, with the values at which there is nothing to read.
@@ -106,6 +111,8 @@ def _build_fpn(build: Callable[[CfgNode, ShapeSpec], FPN], cfg: CfgNode, input_s
     _check_keys(cfg)
     fpn = _build(build, cfg, input_shape)
     _enhance(fpn.bottom_up, cfg)
+    if isinstance(fpn.top_block, LastLevelP6P7) and not cfg.MODEL.FPN.get("P7_RELU", True):
+        fpn.top_block = LinearP6P7.of(fpn.top_block)
     return fpn
 
 
@@ -148,7 +155,7 @@ def _build(
             "installation lacks: install Detectron2 with them, or set it to [False, False, False, False]"
         )
     try:
-        return build(cfg, input_shape)
+        return build(with_eval_bn(cfg), input_shape)
     except (AssertionError, KeyError, ValueError) as error:
         reason = str(error) or "RES4_DILATION 2 goes with RES5_DILATION 4 alone"
         raise UserError(f"Detectron2 builds no {cfg.MODEL.BACKBONE.NAME} of MODEL.RESNETS: {reason}") from error

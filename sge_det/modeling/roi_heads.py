@@ -5,6 +5,7 @@ from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads
 from torch import nn
 
 from .blocks import exchange_blocks
+from .paper import with_eval_bn
 from .resnet import build_attention
 
 
@@ -20,6 +21,6 @@ class SGERes5ROIHeads(Res5ROIHeads):
 
     @classmethod
     def _build_res5_block(cls, cfg: CfgNode) -> tuple[nn.Sequential, int]:
-        stage, channels = super()._build_res5_block(cfg)
+        stage, channels = super()._build_res5_block(with_eval_bn(cfg))
         exchange_blocks(stage, build_attention(cfg, "res5", channels))
         return stage, channels

@@ -10,6 +10,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from ...checkpoint.checkpointer import check_weights_exist
 from ...checkpoint.transplant import sge_builder
 from ...config import STAGES, SGEOptions, compose_config, find_config, optimizer_name, sge_options
+from ...data.datasets import head_section
 from ...errors import UserError
 from .finding import Finding, finding_of
 from .model import examine_model
@@ -155,7 +156,7 @@ def _learning_rate(cfg: CfgNode) -> list[Finding]:
     is_recipe = any(name.startswith("coco_") for name in cfg.DATASETS.TRAIN) and optimizer_name(cfg) == "SGD"
     if not is_recipe or solver.IMS_PER_BATCH < 1:
         return []
-    base = _RETINANET_BASE_LR if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else _BASE_LR
+    base = _RETINANET_BASE_LR if head_section(cfg) == "RETINANET" else _BASE_LR
     rule = base * solver.IMS_PER_BATCH / 16
     if rule / _LR_FACTOR <= solver.BASE_LR <= rule * _LR_FACTOR:
         return []
