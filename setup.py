@@ -55,6 +55,7 @@ setup(
     extras_require={
         "rivals": ["timm"],
         "export": ["onnx", "onnxruntime", "onnxscript"],
+        "hub": ["huggingface_hub"],
         "dev": ["hypothesis", "pytest", "pytest-cov", "ruff"],
     },
 )

@@ -2,6 +2,7 @@
 
 from .config import add_sge_config, get_config, get_config_file
 from .errors import UserError
+from .hub import from_pretrained, push_to_hub, save_pretrained
 from .layers.sge import SpatialGroupEnhance
 from .modeling.blocks import (
     Attention,
@@ -50,11 +51,14 @@ __all__ = [
     "build_sge_resnet_backbone",
     "build_sge_resnet_deeplab_backbone",
     "build_sge_resnet_fpn_backbone",
+    "from_pretrained",
     "get_config",
     "get_config_file",
     "insert_sge",
     "make_sge_stages",
+    "push_to_hub",
     "record_gates",
+    "save_pretrained",
     "scale_sge_lr",
     "sge_attention",
     "with_sge",

@@ -14,9 +14,9 @@ import numpy as np
 from ..analysis import pointing
 from ..evaluation.coco import METRICS
 from ..files import write_file, write_json
+from ..markdown import escape, escape_line
 from . import plots
 from .gallery import SCORE, GalleryImage
-from .markdown import escape, escape_line
 from .measurement import Measurement
 from .verdict import TASK_NAMES
 

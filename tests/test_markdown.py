@@ -3,8 +3,8 @@ import re
 
 import pytest
 
-from sge_det.gain.markdown import escape, escape_line
 from sge_det.gain.report import Table
+from sge_det.markdown import escape, escape_line
 
 HOSTILE = [
     "<script>alert(1)</script>",
