@@ -224,8 +224,8 @@ def _read_config(path: Path) -> CfgNode:
     attention = _value(loaded, "MODEL", "SGE", "ATTENTION")
     if ":" in str(attention):
         raise UserError(
-            f"{path} names a class of its author's, MODEL.SGE.ATTENTION {attention}: importing it would run code; build "
-            "that model yourself and load its weights"
+            f"{path} names a class of its author's, MODEL.SGE.ATTENTION {attention}: importing it would run code; "
+            "build that model yourself and load its weights"
         )
     weights = _value(loaded, "MODEL", "WEIGHTS")
     if weights:
