@@ -13,6 +13,7 @@ from .modeling.blocks import (
     SGEBottleneckBlock,
     SGEDeformBottleneckBlock,
     make_sge_stages,
+    rival_attention,
     sge_attention,
 )
 from .modeling.gates import record_gates
@@ -58,6 +59,7 @@ __all__ = [
     "make_sge_stages",
     "push_to_hub",
     "record_gates",
+    "rival_attention",
     "save_pretrained",
     "scale_sge_lr",
     "sge_attention",

@@ -16,7 +16,7 @@ from detectron2.config.compat import downgrade_config, guess_version, upgrade_co
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from .errors import UserError
-from .layers.attention import ATTENTIONS, SGE
+from .layers.attention import SGE, attention_kind
 from .layers.kernels import KERNELS
 
 STAGES = ("res2", "res3", "res4", "res5")
@@ -68,7 +68,8 @@ def _default_options() -> CfgNode:
     options.INIT = [0.0, 1.0]
     # Training starts from INIT even where MODEL.WEIGHTS holds SGE parameters.
     options.RESET = False
-    # What stands in that place: "sge", or a rival from timm: "se", "eca", "cbam".
+    # What stands in that place: "sge"; a rival from timm, "se", "eca", "cbam" and others (layers/attention.py); or a
+    # class of your own, "package.module:Class", whose constructor takes the number of channels.
     options.ATTENTION = SGE
     # Gamma is held at 0 while beta learns: gates that are the same all over a map, the control of what attention adds.
     options.CONSTANT = False
@@ -116,8 +117,10 @@ def sge_options(cfg: CfgNode) -> SGEOptions:
     for stage in options["STAGES"]:
         if stage not in STAGES:
             raise UserError(f"MODEL.SGE.STAGES names {stage!r:.100}: the stages of a ResNet are {', '.join(STAGES)}")
-    if options["ATTENTION"] not in ATTENTIONS:
-        raise UserError(f"MODEL.SGE.ATTENTION {options['ATTENTION']!r:.100} is not one of {', '.join(ATTENTIONS)}")
+    try:
+        attention_kind(options["ATTENTION"])
+    except ValueError as error:
+        raise UserError(f"MODEL.SGE.ATTENTION {error}") from error
     if options["KERNEL"] not in KERNELS:
         raise UserError(f"MODEL.SGE.KERNEL {options['KERNEL']!r:.100} is not one of {', '.join(KERNELS)}")
     init = options["INIT"]

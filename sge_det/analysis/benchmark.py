@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from ..config import sge_options
 from ..data.datasets import head_section
 from ..errors import UserError
-from ..layers.attention import ATTENTIONS, SGE, build_rival
+from ..layers.attention import build_rival
 from ..layers.sge import SpatialGroupEnhance
 
 # The outputs of R-50's four stages for two images of 400x608 and for one of 800x1216.
@@ -36,6 +36,8 @@ SHAPES = [
 ]
 QUICK_SHAPES = [SHAPES[1], SHAPES[3]]
 
+# Of the rivals, those that the paper compares SGE with, and ECA.
+RIVALS = ("se", "eca", "cbam")
 COPY, NONE, TEXTBOOK, LAYER, TAIL = "copy", "no attention", "textbook", "layer", "block tail"
 # Passes over a tensor of the activation's size that the block tail cannot do without when each tensor is read from
 # memory once and written once: x and the shortcut in, the output out; backward x, the output and its gradient in, two
@@ -113,7 +115,7 @@ def contestants(channels: int) -> dict[str, tuple[nn.Module | None, Tail]]:
         TEXTBOOK: (textbook, lambda x, shortcut: F.relu(textbook(x) + shortcut)),
         LAYER: in_place_of_sge(layer),
         TAIL: (layer, lambda x, shortcut: layer.residual(x, shortcut, inplace=True)),
-        **{f"timm {kind}": in_place_of_sge(timm_attention(kind, channels)) for kind in ATTENTIONS if kind != SGE},
+        **{f"timm {kind}": in_place_of_sge(timm_attention(kind, channels)) for kind in RIVALS},
     }
 
 

@@ -15,6 +15,7 @@ from .. import __version__
 from ..config import sge_options
 from ..data.annotations import read_annotations
 from ..errors import UserError
+from ..layers.attention import is_own_class
 
 FINGERPRINT_FILE = "fingerprint.json"
 # They say where and how fast a run goes, not what comes out of it.
@@ -39,7 +40,16 @@ def fingerprint(cfg: CfgNode, contents: "Contents", processes: int, imports: Seq
     Raises:
         UserError: a file cannot be read.
     """
-    return fingerprint_of(what_counts(cfg), contents.of(cfg), processes, imports)
+    return fingerprint_of(what_counts(cfg), contents.of(cfg), processes, [*imports, *_own_attention(cfg)])
+
+
+def _own_attention(cfg: CfgNode) -> list[str]:
+    """The package, or the module without one, that an attention of the user's own comes from."""
+    options = sge_options(cfg)
+    if not options.enabled or not is_own_class(options.attention):
+        return []
+    module = options.attention.partition(":")[0]
+    return [module.rpartition(".")[0] or module]
 
 
 def fingerprint_of(
@@ -63,8 +73,14 @@ def source_hash(module: str) -> str:
     """Of the Python files of a module, or of all of its package: names and content; "" where it has none.
 
     A version says too little where code is edited.
+
+    Raises:
+        UserError: there is no such module.
     """
-    spec = importlib.util.find_spec(module)
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"the module {module} cannot be imported: {error}") from error
     if spec is None or spec.origin is None:
         return ""
     origin = Path(spec.origin)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..config import STAGES
 from ..errors import UserError
 from ..layers.attention import SGE as SGE_NAME
+from ..layers.attention import attention_kind, build_rival
 from ..layers.sge import SpatialGroupEnhance
 
 
@@ -71,6 +72,30 @@ def _build_sge(
     start_sge(layer, init)
     layer.weight.requires_grad_(not constant)
     return layer
+
+
+def rival_attention(kind: str) -> Attention:
+    """A rival of SGE as blocks take it; can be pickled.
+
+    Args:
+        kind: as ``MODEL.SGE.ATTENTION``: one of timm's ("se", "eca", "cbam", ...), or "package.module:Class".
+
+    Raises:
+        UserError: there is no such kind. What cannot be built of it is told by the block that is to have it.
+    """
+    try:
+        return Attention(attention_kind(kind).key, functools.partial(_build_rival, kind))
+    except ValueError as error:
+        raise UserError(f"the attention {error}") from error
+
+
+def _build_rival(kind: str, channels: int) -> nn.Module:
+    try:
+        return build_rival(kind, channels)
+    except ImportError as error:
+        raise UserError(f"the attention {kind} comes from timm, which is missing: pip install timm") from error
+    except ValueError as error:
+        raise UserError(f"the attention {error}") from error
 
 
 def start_sge(model: nn.Module, init: Sequence[float]) -> None:
@@ -127,6 +152,8 @@ class _Attentive:
             return F.relu_(self.eca(out) + shortcut)
         elif hasattr(self, "cbam"):
             return F.relu_(self.cbam(out) + shortcut)
+        elif hasattr(self, "attention"):
+            return F.relu_(self.attention(out) + shortcut)
         else:
             attention = getattr(self, self.attention_name)
             if isinstance(attention, SpatialGroupEnhance):
@@ -225,7 +252,7 @@ def make_sge_stages(
     *,
     groups: int = 64,
     stages: Sequence[str] = STAGES,
-    attention: Attention | None = None,
+    attention: Attention | str | None = None,
     **kwargs,
 ) -> list[list[nn.Module]]:
     """Detectron2's ``ResNet.make_default_stages`` with SGE in the blocks, for lazy configs.
@@ -236,12 +263,12 @@ def make_sge_stages(
             attention of their own (``SGEBottleneckBlock``) keep theirs.
         groups: channel groups of each SGE layer.
         stages: the stages whose blocks end in SGE.
-        attention: takes the place of SGE.
+        attention: takes the place of SGE; also by its name, as in :func:`rival_attention`.
         kwargs: as in ``ResNet.make_default_stages``.
 
     Raises:
-        UserError: a stage or a class that does not exist, a class that cannot take attention, or groups that do not
-            divide a stage's channels.
+        UserError: a stage, a class or an attention that does not exist, a class that cannot take attention, groups
+            that do not divide a stage's channels, or an attention that does not fit them.
     """
     unknown = sorted(set(stages) - set(STAGES))
     if unknown:
@@ -254,7 +281,10 @@ def make_sge_stages(
     if depth < 50:
         kwargs.pop("stride_in_1x1", None)  # basic blocks have no 1x1 convolution
     made = ResNet.make_default_stages(depth, block_class, **kwargs)
-    attention = attention or sge_attention(groups)
+    if isinstance(attention, str) and attention != SGE_NAME:
+        attention = rival_attention(attention)
+    elif not isinstance(attention, Attention):
+        attention = sge_attention(groups)
     result = []
     for name, blocks in zip(STAGES, made, strict=True):
         blocks = nn.Sequential(*blocks)

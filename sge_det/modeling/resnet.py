@@ -1,6 +1,5 @@
 """Backbones that Detectron2 itself builds, whose residual blocks are then exchanged for those with ``MODEL.SGE``."""
 
-import functools
 import importlib.util
 from collections.abc import Callable
 
@@ -17,8 +16,7 @@ from torch import nn
 
 from ..config import sge_options
 from ..errors import UserError
-from ..layers.attention import build_rival
-from .blocks import Attention, exchange_blocks, sge_attention
+from .blocks import Attention, exchange_blocks, rival_attention, sge_attention
 from .paper import LinearP6P7, with_eval_bn
 
 _DEPTHS, _DEEPLAB_DEPTHS = (18, 34, 50, 101, 152), (50, 101, 152)
@@ -36,7 +34,7 @@ def build_attention(cfg: CfgNode, stage: str, channels: int) -> Attention | None
     if not options.enabled or stage not in options.stages:
         return None
     if not options.is_sge:
-        return Attention(options.attention, functools.partial(_rival, options.attention))
+        return rival_attention(options.attention)
     if options.groups < 1 or channels % options.groups:
         raise UserError(
             f"MODEL.SGE.GROUPS = {options.groups} does not divide the {channels} channels of {stage}: "
@@ -45,13 +43,6 @@ def build_attention(cfg: CfgNode, stage: str, channels: int) -> Attention | None
     return sge_attention(
         options.groups, options.init, options.kernel, constant=options.constant, normalize=options.normalize
     )
-
-
-def _rival(kind: str, channels: int) -> nn.Module:
-    try:
-        return build_rival(kind, channels)
-    except ImportError as error:
-        raise UserError(f"MODEL.SGE.ATTENTION {kind} comes from timm, which is missing: pip install timm") from error
 
 
 @BACKBONE_REGISTRY.register()

@@ -9,7 +9,7 @@ from ...checkpoint.mapping import to_detectron2
 from ...checkpoint.sources import Recipe, Source, known_recipe, read_source
 from ...config import STAGES, SGEOptions
 from ...errors import UserError
-from ...layers.attention import ATTENTIONS, is_sge_key
+from ...layers.attention import KEYS, is_sge_key
 from .finding import Finding, finding_of
 from .settings import has_sge
 
@@ -70,7 +70,7 @@ def _coverage(cfg: CfgNode, options: SGEOptions, source: Source, fit: Coverage) 
             return [Finding("error", "MODEL.WEIGHTS", f"{problem}, the model of {want}", f"convert it: {remedy}")]
         problem = f"{path} has SGE of {max(have)} groups, the model of {max(want)}"
         return [Finding("error", "MODEL.SGE.GROUPS", problem, f"set MODEL.SGE.GROUPS {max(have)}")]
-    attention = tuple(f".{name}." for name in ATTENTIONS)
+    attention = tuple(f".{name}." for name in KEYS)
     everything = (*fit.filled, *fit.unfilled)
     own = [key for key in everything if in_backbone(key) and not any(name in key for name in attention)]
     lacking = [key for key in own if key not in fit.filled]
