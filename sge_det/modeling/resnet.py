@@ -12,7 +12,6 @@ from detectron2.modeling.backbone.fpn import (
     build_resnet_fpn_backbone,
     build_retinanet_resnet_fpn_backbone,
 )
-from torch import nn
 
 from ..config import sge_options
 from ..errors import UserError
