@@ -35,6 +35,7 @@ from sge_det.gain import (
 from sge_det.gain.arms import BUILT_IN
 from sge_det.gain.inference import MARGIN
 from sge_det.gain.looks import FIRST_SEEDS, MOST_SEEDS
+from sge_det.gain.plan import declare
 from sge_det.gain.power import from_pilot, in_words, published, tables
 from sge_det.gain.power import given as given_spread
 from sge_det.gain.report import metric_table
@@ -121,6 +122,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     if "--" in argv:
         place = argv.index("--")
         return argv[:place], argv[place + 1 :]
+    alone = {"", *(name for name, action in parser()._option_string_actions.items() if action.nargs == 0)}
     option, values = "", 0
     for place, word in enumerate(argv):
         if word.startswith("--"):
@@ -128,7 +130,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             continue
         values += 1
         is_key = re.fullmatch(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+|SEED|OUTPUT_DIR|VIS_PERIOD|CUDNN_BENCHMARK", word)
-        if is_key and option != "--arm" and (values > 1 or option in ("", "--compare")):
+        if is_key and option != "--arm" and (values > 1 or option in alone):
             if option == "--dataset" and values <= 3:
                 continue
             return argv[:place], argv[place:]
@@ -175,6 +177,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> Measurement | None:
         return None
     how = {"bootstrap": args.bootstrap, "question": asked(args), "against": args.against}
     if args.run:
+        if args.seeds is not None:  # the whole comparison is known
+            declare(matrix, asked(args))
         return run_one(matrix, *args.run)
     if args.report_only:
         return report_gain(matrix, **how)

@@ -170,6 +170,9 @@ def test_bad_arms(cfg, names, custom, words):
         ("--arm wide MODEL.SGE.GROUPS 32 -- SOLVER.MAX_ITER 5", "SOLVER.MAX_ITER 5"),
         ("SOLVER.MAX_ITER 5", "SOLVER.MAX_ITER 5"),
         ("--jobs 2", ""),
+        ("--seeds 0 1 --report-only SOLVER.MAX_ITER 5", "SOLVER.MAX_ITER 5"),
+        ("--keep-going SOLVER.MAX_ITER 5 MODEL.WEIGHTS x", "SOLVER.MAX_ITER 5 MODEL.WEIGHTS x"),
+        ("--run sge 3 SOLVER.MAX_ITER 5", "SOLVER.MAX_ITER 5"),
         ("--config-file=F --output=D SOLVER.MAX_ITER 5", "SOLVER.MAX_ITER 5"),
     ],
 )
