@@ -171,6 +171,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> Measurement | None:
         overrides=overrides,
         datasets=args.dataset,
         launch=launch,
+        report_only=args.report_only,
     )
     if not launch.is_main:
         matrix.execute(args.jobs)

@@ -55,6 +55,7 @@ class Matrix:
         overrides: KEY VALUE ..., for all runs.
         datasets: (name, annotation JSON, image folder) triples.
         launch: how each run is started.
+        report_only: nothing is to be trained: what is there may be of another version, if it is all of the same.
 
     Raises:
         UserError: anything that cannot work, as far as it can be known before training; a folder that holds a run of
@@ -72,6 +73,7 @@ class Matrix:
         overrides: Sequence[str] = (),
         datasets: Sequence[Sequence[str]] = (),
         launch: Launch | None = None,
+        report_only: bool = False,
     ):
         launch = launch or Launch()
         import_modules(list(launch.imports))
@@ -117,8 +119,16 @@ class Matrix:
                     cfg.MODEL.WEIGHTS = str(folder / START_FILE)
                     command += ["MODEL.WEIGHTS", cfg.MODEL.WEIGHTS]
                 self.runs.append(Run(arm, seed, folder, cfg, command, made_from, reference))
+        code = self._common_code() if report_only else None
         for run in self.runs:
-            run.check()
+            run.check(code)
+
+    def _common_code(self) -> dict:
+        """The versions and sources of the first run that there is, which need not be those of here to be reported."""
+        for run in self.runs:
+            if run.finished and (found := run.made_with()):
+                return {part: found[part] for part in ("version", "source") if part in found}
+        return {}
 
     @cached_property
     def annotation_file(self) -> Path:

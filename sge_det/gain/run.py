@@ -123,19 +123,32 @@ class Run:
                 found.setdefault(f"{task}/AP", {})[self.iterations] = metrics["AP"]
         return {key: sorted(points.items()) for key, points in found.items()}
 
-    def check(self) -> None:
+    def made_with(self) -> dict | None:
+        """The fingerprint in the folder; None where nothing has run there.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        try:
+            return json.loads((self.folder / FINGERPRINT_FILE).read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.folder / FINGERPRINT_FILE} cannot be read: {error}") from error
+
+    def check(self, code: dict | None = None) -> None:
         """Checks that what lies in the folder was made by this very run.
+
+        Args:
+            code: the versions and sources that it is to have been made with; by default those of here.
 
         Raises:
             UserError: it was made from something else; names the first difference.
         """
-        try:
-            found = json.loads((self.folder / FINGERPRINT_FILE).read_text())
-        except FileNotFoundError:
+        found = self.made_with()
+        if found is None:
             return
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.folder / FINGERPRINT_FILE} cannot be read: {error}") from error
-        difference = next(differences(found, self.fingerprint), None)
+        difference = next(differences(found, self.fingerprint | (code or {})), None)
         if difference:
             raise UserError(
                 f"{self.folder} holds a run made with {difference}: give the same command, or name another --output"

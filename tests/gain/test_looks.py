@@ -10,6 +10,7 @@ from conftest import TINY
 from scipy.stats import ttest_1samp
 
 from sge_det import UserError
+from sge_det.engine.fingerprint import FINGERPRINT_FILE
 from sge_det.gain import Looks, Matrix, Question, RunFailed, decide_gain, measure_gain, report_gain
 from sge_det.gain import matrix as matrix_module
 from sge_det.gain.inference import sequential_levels
@@ -201,5 +202,15 @@ def test_one_run_alone_and_then_the_report(make):
     report = report_gain(matrix, bootstrap=200).report
     assert report["seeds"] == [0]
     assert "left out: plain/seed1" in report["verdict"]
+    # the code may have changed since, but not between the runs
+    made = [run.folder / FINGERPRINT_FILE for run in matrix.runs if run.finished]
+    for path in made:
+        path.write_text(path.read_text().replace('"sge_det": "', '"sge_det": "0'))
+    with pytest.raises(UserError, match="holds a run made with"):
+        make([0, 1])
+    assert report_gain(make([0, 1], report_only=True), bootstrap=200).report["seeds"] == [0]
+    made[1].write_text(made[1].read_text().replace('"sge_det": "0', '"sge_det": "'))
+    with pytest.raises(UserError, match="holds a run made with"):
+        make([0, 1], report_only=True)
     with pytest.raises(UserError, match="there is no run sge 7: the arms are plain, sge, the seeds 0, 1"):
         matrix.run_of("sge", 7)
