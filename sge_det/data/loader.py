@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +18,10 @@ from detectron2.data import (
     DatasetCatalog,
     DatasetFromList,
     DatasetMapper,
+    MetadataCatalog,
     build_detection_test_loader,
     get_detection_dataset_dicts,
+    print_instances_class_histogram,
 )
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
@@ -29,23 +32,20 @@ from .datasets import check_masks
 from .images import image_fault
 
 _open_iterators: list[Iterator] = []
+# What the doctor loaded and the training loader will want: reading COCO twice takes as long again.
+_kept: list[tuple[Any, list[dict]]] = []
 
 
-def build_train_loader(cfg: CfgNode, seed: int) -> "ReplayableLoader":
+def build_train_loader(cfg: CfgNode, seed: int, *, keep: bool = False) -> "ReplayableLoader":
     """The training loader of ``cfg``, with the order and the augmentations that ``seed`` determines.
+
+    Args:
+        keep: hold what was read of the data sets for the next loader of them.
 
     Raises:
         UserError: there is nothing to train on, or the batch cannot be divided among the processes.
     """
-    try:
-        dicts = get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
-            proposal_files=_proposal_files(cfg),
-        )
-    except AssertionError as error:
-        raise UserError(f"DATASETS.TRAIN {cfg.DATASETS.TRAIN} holds no image with an object: {error}") from error
+    dicts = _training_dicts(cfg, keep=keep)
     if cfg.MODEL.MASK_ON:
         entries = ((f"an object in {d['file_name']}", entry) for d in dicts for entry in d.get("annotations", ()))
         check_masks(cfg, entries, are_trained=True)
@@ -110,23 +110,60 @@ def seeded_loader(
     )
 
 
-def _proposal_files(cfg: CfgNode) -> tuple[str, ...] | None:
-    """The files of precomputed proposals of the training sets; None for a model that makes its own.
+def _training_dicts(cfg: CfgNode, *, keep: bool) -> list[dict]:
+    names = cfg.DATASETS.TRAIN
+    arguments = {
+        "filter_empty": cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        "min_keypoints": cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
+        "proposal_files": proposal_files(cfg),
+    }
+    # a name that is registered anew has another function
+    key = (*((name, DatasetCatalog[name]) for name in names), *arguments.values())
+    held = [dicts for own, dicts in _kept if own == key]
+    _kept.clear()
+    if held:
+        dicts = held[0]
+        classes = MetadataCatalog.get(names[0]).get("thing_classes")
+        if classes and not keep and all("annotations" in entry for entry in dicts):
+            print_instances_class_histogram(dicts, classes)  # which the doctor had read before there was a log
+    else:
+        try:
+            dicts = get_detection_dataset_dicts(names, **arguments)
+        except AssertionError as error:
+            raise UserError(
+                f"DATASETS.TRAIN {names} cannot be trained on: {error or 'no image has an object'}"
+            ) from error
+    if not isinstance(dicts, list):
+        raise UserError(
+            f"{names[0]} is registered as a {type(dicts).__name__}: its function must return a list of dicts"
+        )
+    if keep:
+        _kept.append((key, dicts))
+    return dicts
+
+
+def proposal_files(cfg: CfgNode, split: str = "TRAIN") -> tuple[str, ...] | None:
+    """The files of precomputed proposals of the data sets; None for a model that makes its own.
+
+    Args:
+        split: "TRAIN" or "TEST".
 
     Raises:
         UserError: there is not one for each set, or one cannot be found.
     """
     if not cfg.MODEL.LOAD_PROPOSALS:
         return None
-    files = tuple(cfg.DATASETS.PROPOSAL_FILES_TRAIN)
-    if len(files) != len(cfg.DATASETS.TRAIN):
+    key = f"DATASETS.PROPOSAL_FILES_{split}"
+    files, names = tuple(cfg.DATASETS[f"PROPOSAL_FILES_{split}"]), cfg.DATASETS[split]
+    if len(files) != len(names):
+        kind = "training" if split == "TRAIN" else "test"
         raise UserError(
-            f"MODEL.LOAD_PROPOSALS is on, and DATASETS.PROPOSAL_FILES_TRAIN names {len(files)} files for "
-            f"{len(cfg.DATASETS.TRAIN)} training sets: give one for each"
+            f"MODEL.LOAD_PROPOSALS is on, and {key} names {len(files)} files for {len(names)} {kind} sets: give one "
+            "for each"
         )
     for file in files:
         if "://" not in file and not Path(file).is_file():
-            raise UserError(f"DATASETS.PROPOSAL_FILES_TRAIN names {file}, which does not exist")
+            raise UserError(f"{key} names {file}, which does not exist")
     return files
 
 
@@ -330,6 +367,9 @@ class _SeededDataset(torch.utils.data.Dataset):
         np.random.seed((self.seed * 1_000_003 + position) % 2**32)
         example = self.examples[index]
         return map_image(self.mapper, example)
+
+    def with_mapper(self, mapper: DatasetMapper) -> "_SeededDataset":
+        return _SeededDataset(self.examples, mapper, self.seed)
 
 
 def map_image(mapper: DatasetMapper, example: dict) -> dict:

@@ -113,6 +113,7 @@ def setup_config(
     use_datasets(cfg, datasets, overrides, eval_only=eval_only)
     if comm.is_main_process():
         doctor.tell(doctor.examine_files(cfg, overrides, eval_only=eval_only))
+        doctor.tell(doctor.examine_batch(cfg, overrides, eval_only=eval_only))
     return cfg
 
 

@@ -1,4 +1,7 @@
+import json
+
 from conftest import TINY
+from PIL import Image
 
 FASTER = "sample/faster_rcnn_SGE_R_50_FPN.yaml"
 
@@ -37,6 +40,23 @@ def test_the_processes_are_those_of_the_arguments(call_tool, sample_datasets):
     run = call_tool("check_config.py", *command)
     assert run.stdout.startswith("warning: MODEL.FPN.NORM: naiveSyncBN in one process is BN")
     assert call_tool("check_config.py", "--num-gpus", "2", *command).stdout == f"{FASTER}: 0 errors, 0 warnings\n"
+
+
+def test_images_opens_every_image(call_tool, tmp_path):
+    """Of 52 images the one that the sample of 50 passes by is damaged."""
+    for number in range(52):
+        Image.new("RGB", (40, 30)).save(tmp_path / f"{number}.png")
+    (tmp_path / "25.png").write_bytes((tmp_path / "25.png").read_bytes()[:60])
+    images = [{"id": n, "file_name": f"{n}.png", "height": 30, "width": 40} for n in range(52)]
+    boxes = [{"id": n, "image_id": n, "category_id": 1, "bbox": [3, 3, 20, 20]} for n in range(52)]
+    content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "thing"}]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    command = ("--config-file", FASTER, "--dataset", "own", tmp_path / "a.json", tmp_path, *TINY)
+    run = call_tool("check_config.py", *command)
+    assert (run.returncode, run.stdout) == (0, f"{FASTER}: 0 errors, 0 warnings\n")
+    run = call_tool("check_config.py", "--images", *command)
+    assert run.returncode == 2
+    assert f"error: data set own: the image {tmp_path / '25.png'} cannot be read" in run.stdout
 
 
 def test_no_config(call_tool):

@@ -11,6 +11,7 @@ from detectron2.data import DatasetCatalog
 from ...config import load_config, sge_options
 from ...data.datasets import register_sample, use_datasets
 from ...errors import UserError
+from .batch import examine_batch
 from .build import examine_build
 from .data import examine_dataset
 from .finding import Finding, finding_of, tell
@@ -19,7 +20,7 @@ from .settings import duplicate_keys, examine_settings, missing_weights, unregis
 from .values import unusable_values
 from .weights import examine_weights
 
-__all__ = ["Finding", "diagnose", "examine_files", "examine_run", "examine_settings", "tell"]
+__all__ = ["Finding", "diagnose", "examine_batch", "examine_files", "examine_run", "examine_settings", "tell"]
 
 
 def diagnose(
@@ -53,6 +54,8 @@ def diagnose(
     findings += examine_files(cfg, overrides, eval_only=eval_only, every_image=every_image)
     if not eval_only:
         findings += examine_run(cfg, processes=processes, resume=resume)
+    if not any(finding.severity == "error" for finding in findings):
+        findings += examine_batch(cfg, overrides, eval_only=eval_only)
     unique = list(dict.fromkeys(findings))
     return sorted(unique, key=lambda finding: finding.severity)
 

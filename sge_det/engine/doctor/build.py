@@ -47,26 +47,34 @@ def examine_build(cfg: CfgNode, overrides: Sequence[str] = (), *, eval_only: boo
             (lambda cfg: DatasetMapper(cfg, is_train=True), ("INPUT.", "MODEL.", "DATASETS."), "the mapper of images"),
         ]
     findings = []
-    with _undisturbed():
+    with undisturbed():
         for build, sections, what in parts:
-            error = _failure(build, cfg)
+            error = failure(build, cfg)
             if error is not None:
-                findings.append(_told(error, _culprit(build, cfg, overrides, sections), what))
+                suspect = culprit(build, cfg, overrides, sections)
+                findings.append(told(error, suspect, what, default_key=sections[0].rstrip(".")))
     return findings
 
 
-def _told(error: Exception, culprit: tuple[str, Any] | None, what: str) -> Finding:
+def told(
+    error: Exception,
+    suspect: tuple[str, Any] | None,
+    what: str,
+    *,
+    default_key: str,
+    failed: str = "cannot be built",
+) -> Finding:
+    """The finding that ``what`` ``failed``, under the key that :func:`culprit` found or else ``default_key``."""
     text = " ".join(str(error).split())[:300]
-    said = text if isinstance(error, UserError) else f"{what} cannot be built ({type(error).__name__}: {text})"
-    if culprit is None:
-        return Finding(
-            "error", "MODEL" if what == "the model" else "SOLVER" if "schedule" in what else "INPUT", said, ""
-        )
-    key, value = culprit
+    said = text if isinstance(error, UserError) else f"{what} {failed} ({type(error).__name__}: {text})"
+    if suspect is None:
+        return Finding("error", default_key, said, "")
+    key, value = suspect
     return Finding("error", key, f"with {value!r:.100} {said}", f"Detectron2's default is {default_values()[key]!r}")
 
 
-def _failure(build: Callable[[CfgNode], Any], cfg: CfgNode) -> Exception | None:
+def failure(build: Callable[[CfgNode], Any], cfg: CfgNode) -> Exception | None:
+    """What ``build`` raises, if anything."""
     try:
         build(cfg)
     except Exception as error:
@@ -76,7 +84,7 @@ def _failure(build: Callable[[CfgNode], Any], cfg: CfgNode) -> Exception | None:
     return None
 
 
-def _culprit(
+def culprit(
     build: Callable[[CfgNode], Any], cfg: CfgNode, overrides: Sequence[str], sections: tuple[str, ...]
 ) -> tuple[str, Any] | None:
     """The first key without whose value ``build`` works, with that value.
@@ -84,7 +92,7 @@ def _culprit(
     Those whose value the error names are tried first, then those of ``overrides``. A value that is named may be one of
     several faults: that its error goes with it is enough.
     """
-    first = str(_failure(build, cfg))
+    first = str(failure(build, cfg))
     suspects = []
     for key, default in default_values().items():
         value = _get(cfg, key)
@@ -98,7 +106,7 @@ def _culprit(
         trial = cfg.clone()
         trial.defrost()
         _set(trial, key, default)
-        error = _failure(build, trial)
+        error = failure(build, trial)
         if error is None or (not is_unnamed and str(error) != first):
             return key, value
     return None
@@ -171,7 +179,7 @@ def _without_data(cfg: CfgNode) -> CfgNode:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """Leaves the random numbers of a run as they were, and Detectron2's log without what is built on trial."""
     state, seed = np.random.get_state(), torch.random.get_rng_state()
     disabled = logging.root.manager.disable
