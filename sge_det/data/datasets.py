@@ -16,6 +16,9 @@ logger = logging.getLogger(__name__)
 
 # Models without a head for objects, whose classes would have to agree with the data set's.
 _WITHOUT_OBJECTS = ("SemanticSegmentor", "PanopticDeepLab")
+# What Detectron2's own data sets and evaluators read, in the metadata of a data set.
+_FILES = ("json_file", "panoptic_json")
+_FOLDERS = ("image_root", "image_dir", "gt_dir", "dirname", "panoptic_root", "sem_seg_root")
 
 
 def register_sample() -> None:
@@ -179,7 +182,7 @@ def check_datasets(names: Sequence[str]) -> None:
                 f"the data set {name!r} is not registered: give it with --dataset {name} ANNOTATIONS.json IMAGE_FOLDER"
             )
         metadata = MetadataCatalog.get(name)
-        for path in (metadata.get("json_file"), metadata.get("image_root")):
+        for path in map(metadata.get, (*_FILES, *_FOLDERS)):
             if path is not None and not Path(path).exists():
                 how = (
                     f"make it with tools/make_sample_coco.py {Path(metadata.image_root).parent}"

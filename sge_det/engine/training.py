@@ -301,6 +301,7 @@ def train(cfg: CfgNode, *, resume: bool = False) -> OrderedDict:
     if not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name a data set, or give one with --dataset NAME JSON IMAGES")
     doctor.tell(doctor.examine_run(cfg, processes=comm.get_world_size()))
+    _load_test_sets(cfg)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=resume)
     if trainer.start_iter >= trainer.max_iter:
@@ -316,6 +317,23 @@ def train(cfg: CfgNode, *, resume: bool = False) -> OrderedDict:
     if cfg.TEST.AUG.ENABLED:
         results.update(Trainer.test_with_TTA(cfg, trainer.model))
     return results
+
+
+def _load_test_sets(cfg: CfgNode) -> None:
+    """Loads and converts each test set once, so that what is wrong with one does not end a run at its end.
+
+    Raises:
+        UserError: one of them cannot be evaluated.
+    """
+    for name in cfg.DATASETS.TEST:
+        try:
+            build_test_loader(cfg, name)
+            build_evaluator(cfg, name)
+        except UserError:
+            raise
+        except Exception as error:  # whatever functions that make data sets return, and evaluators make of that
+            text = " ".join(str(error).split())[:300]
+            raise UserError(f"the test set {name} cannot be evaluated ({type(error).__name__}: {text})") from error
 
 
 def _finish_last_checkpoint(trainer: Trainer) -> None:

@@ -94,12 +94,24 @@ def _points(fraction: float) -> float:
     return float(fraction) * 100 if fraction >= 0 else float("nan")
 
 
+# Of an image's id; above it numbers of floating point leave some out.
+_MOST_ID = 1 << 53
+
+
 class HotcocoEvaluator(COCOEvaluator):
     """Detectron2's ``COCOEvaluator`` with the metrics of boxes and masks from hotcoco.
 
     Files, tables and results are Detectron2's; so are the metrics of keypoints, of proposals, and of another number
     of detections an image than 100. A model that detects nothing at all has AP 0, as in COCO, not NaN.
     """
+
+    def __init__(self, dataset_name: str, *args, **kwargs):
+        metadata = MetadataCatalog.get(dataset_name)
+        is_by_function = not metadata.get("json_file")
+        super().__init__(dataset_name, *args, **kwargs)
+        if is_by_function:
+            # the file that it was converted to is this run's alone, and another's may not find it
+            del metadata.json_file
 
     def _eval_predictions(self, predictions: list[dict], img_ids: Sequence[int] | None = None) -> None:
         results = list(itertools.chain(*(prediction["instances"] for prediction in predictions)))
@@ -124,7 +136,8 @@ class HotcocoEvaluator(COCOEvaluator):
 
     def _evaluate(self, results: list[dict], task: str, img_ids: Sequence[int] | None):
         if task in TASKS and self._max_dets_per_image[-1] == 100:
-            return evaluate_detections(hotcoco.COCO(self._coco_api.dataset), results, task, img_ids)
+            content, results, img_ids = _with_plain_ids(self._coco_api.dataset, results, img_ids)
+            return evaluate_detections(hotcoco.COCO(content), results, task, img_ids)
         if not results:
             return None
         return _evaluate_predictions_on_coco(
@@ -135,6 +148,26 @@ class HotcocoEvaluator(COCOEvaluator):
             img_ids=img_ids,
             max_dets_per_image=self._max_dets_per_image,
         )
+
+
+def _with_plain_ids(
+    content: dict, results: Sequence[dict], image_ids: Sequence | None
+) -> tuple[dict, Sequence[dict], Sequence[int] | None]:
+    """Ground truth, detections and images with ids that hotcoco takes, where an image has none: a text, or too large.
+
+    Sets that a function makes have any ids; they are numbered in the order of the images.
+    """
+    ids = [image["id"] for image in content["images"]]
+    if all(type(number) is int and 0 <= number <= _MOST_ID for number in ids):
+        return content, results, image_ids
+    numbers = {own: number for number, own in enumerate(ids)}
+
+    def numbered(entries: Sequence[dict]) -> list[dict]:
+        return [{**entry, "image_id": numbers[entry["image_id"]]} for entry in entries]
+
+    images = [{**image, "id": numbers[image["id"]]} for image in content["images"]]
+    content = {**content, "images": images, "annotations": numbered(content["annotations"])}
+    return content, numbered(results), None if image_ids is None else [numbers[own] for own in image_ids]
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, folder: str = "inference") -> DatasetEvaluator:
@@ -177,7 +210,9 @@ def _evaluators(kind: str, cfg: CfgNode, name: str, folder: str) -> list[Dataset
     if kind in ("coco", "coco_panoptic_seg"):
         sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
         tasks = model_tasks(cfg)
-        evaluators.append(HotcocoEvaluator(name, tasks, output_dir=folder, use_fast_impl=False, kpt_oks_sigmas=sigmas))
+        # a file that an earlier run converted may be of another state of the data set
+        options = {"use_fast_impl": False, "kpt_oks_sigmas": sigmas, "allow_cached_coco": False}
+        evaluators.append(HotcocoEvaluator(name, tasks, output_dir=folder, **options))
     if kind == "coco_panoptic_seg":
         evaluators.append(COCOPanopticEvaluator(name, folder))
     if kind == "cityscapes_instance":

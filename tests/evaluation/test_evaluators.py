@@ -1,13 +1,17 @@
 """Each kind of data set gets its evaluator, and models of each kind train and evaluate on small generated sets."""
 
+import copy
 import json
 import pickle
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY
 from detectron2 import evaluation
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
 from sge_det import UserError
@@ -169,3 +173,55 @@ def test_c4_trains_and_evaluates(sample_datasets, tmp_path):
     short = [*TINY, "SOLVER.MAX_ITER", "1", "DATALOADER.NUM_WORKERS", "0", "OUTPUT_DIR", str(tmp_path)]
     cfg = setup_config(FASTER, [*short, *c4], sample_datasets)
     assert set(train(cfg)) == {"bbox"}
+
+
+IDS = {"texts": "image-{}".format, "huge": (10**30).__add__, "negative": (-9).__add__, "plain": (1).__add__}
+
+
+@pytest.mark.parametrize("ids", IDS)
+def test_a_set_by_a_function_evaluates_as_in_detectron2(register, sample_datasets, tmp_path, ids):
+    """Whatever its images' ids: the metrics are those of Detectron2's own evaluator, and so is what is written."""
+    cfg = setup_config(FASTER, [*SLIM, "OUTPUT_DIR", str(tmp_path)], sample_datasets)
+    dicts = DatasetCatalog.get("tiny_val")
+    for number, entry in enumerate(dicts):
+        entry["image_id"] = IDS[ids](number)
+    name = register("by_function", lambda: copy.deepcopy(dicts), thing_classes=["a", "b", "c", "d"])
+    metrics = []
+    for evaluator in (build_evaluator(cfg, name), COCOEvaluator(name, ("bbox",), output_dir=str(tmp_path / "theirs"))):
+        evaluator.reset()
+        for entry in dicts:
+            found = Instances((entry["height"], entry["width"]))
+            boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in entry["annotations"]]
+            found.pred_boxes = Boxes(torch.tensor(boxes).reshape(-1, 4) + 1)
+            found.pred_classes = torch.tensor([a["category_id"] for a in entry["annotations"]], dtype=torch.long)
+            found.scores = torch.linspace(0.9, 0.3, len(boxes))
+            evaluator.process([entry], [{"instances": found}])
+        metrics.append(evaluator.evaluate()["bbox"])
+    ours, theirs = metrics
+    assert 20 < ours["AP"] < 100
+    assert ours == pytest.approx(theirs, nan_ok=True)
+    written = json.loads((tmp_path / "inference/coco_instances_results.json").read_text())
+    assert {entry["image_id"] for entry in written} <= {entry["image_id"] for entry in dicts}
+
+
+def test_a_set_by_a_function_trains_and_evaluates(register, sample_datasets, tmp_path):
+    setup_config(FASTER, SLIM, sample_datasets)
+    dicts = [entry | {"image_id": f"id {n}"} for n, entry in enumerate(DatasetCatalog.get("tiny_val"))]
+    name = register("by_function", lambda: copy.deepcopy(dicts), thing_classes=["a", "b", "c", "d"])
+    sets = ["DATASETS.TRAIN", f"('{name}',)", "DATASETS.TEST", f"('{name}',)", "MODEL.ROI_HEADS.NUM_CLASSES", "4"]
+    cfg = setup_config(FASTER, [*SLIM, *sets, "OUTPUT_DIR", str(tmp_path)])
+    assert set(train(cfg)) == {"bbox"}
+    assert MetadataCatalog.get(name).get("json_file") is None
+    dicts[1]["annotations"][0]["bbox"] = [1, 2, float("nan"), 4]
+    with pytest.raises(UserError, match=r"by_function: entry 1 .*annotation 0 has the bbox"):
+        setup_config(FASTER, [*SLIM, *sets, "OUTPUT_DIR", str(tmp_path)])
+
+
+def test_a_test_set_that_cannot_be_converted_ends_a_run_before_its_first_iteration(register, sample_datasets, tmp_path):
+    cfg = setup_config(FASTER, [*SLIM, "OUTPUT_DIR", str(tmp_path)], sample_datasets)
+    dicts = DatasetCatalog.get("tiny_val")
+    dicts[2]["annotations"][0]["segmentation"] = "no mask"
+    cfg.DATASETS.TEST = (register("by_function", lambda: dicts, thing_classes=["a", "b", "c", "d"]),)
+    with pytest.raises(UserError, match=r"the test set by_function cannot be evaluated \(TypeError"):
+        train(cfg)
+    assert not list(tmp_path.glob("*.pth"))

@@ -1,11 +1,12 @@
 """Whether images of the data sets come through the mapper: a batch as training takes it, and one image of each test."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 
+from ...data.dicts import dicts_fault
 from ...data.loader import build_train_loader, map_image, proposal_files
 from ...errors import UserError
 from .build import culprit, failure, told, undisturbed
@@ -53,7 +54,16 @@ def _finding(use: Callable, cfg: CfgNode, overrides: Sequence[str]) -> Finding |
 
 
 def _training(cfg: CfgNode) -> Callable[[CfgNode], Any]:
-    loader = build_train_loader(cfg, max(cfg.SEED, 0), keep=True)
+    try:
+        loader = build_train_loader(cfg, max(cfg.SEED, 0), keep=True)
+    except UserError:
+        raise
+    except Exception:
+        for name in cfg.DATASETS.TRAIN:
+            _check_dicts(name, DatasetCatalog.get(name), are_tested=False)
+        raise
+    examples = loader.dataset.examples
+    _check_dicts(cfg.DATASETS.TRAIN[0], (examples[place] for place in range(len(examples))), are_tested=False)
     batch = next(loader.batches())[:_MOST]
 
     def read(trial: CfgNode) -> None:
@@ -64,9 +74,23 @@ def _training(cfg: CfgNode) -> Callable[[CfgNode], Any]:
     return read
 
 
+def _check_dicts(name: str, dicts: Iterable[dict], *, are_tested: bool) -> None:
+    """Checks what a function has made; COCO's files have been checked when they were read."""
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("json_file"):
+        return
+    classes = metadata.get("thing_classes")
+    if are_tested and not classes:
+        raise UserError(f"the data set {name} has no thing_classes: set them with MetadataCatalog.get({name!r}).set")
+    fault = dicts_fault(dicts, len(classes) if classes else None, are_tested=are_tested)
+    if fault:
+        raise UserError(f"the data set {name}: {fault}")
+
+
 def _testing(cfg: CfgNode, name: str) -> Callable[[CfgNode], Any]:
     proposal_files(cfg, "TEST")
     dicts = DatasetCatalog.get(name)
-    if not len(dicts):
+    _check_dicts(name, dicts, are_tested=(MetadataCatalog.get(name).get("evaluator_type") or "coco") == "coco")
+    if not dicts:
         raise UserError(f"the data set {name} is empty: there is nothing to test on")
     return lambda trial: map_image(DatasetMapper(trial, is_train=False), dicts[0])

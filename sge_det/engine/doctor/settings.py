@@ -98,7 +98,7 @@ def unregistered(cfg: CfgNode) -> list[Finding]:
         Finding(
             "error",
             key,
-            f"{name!r} is not registered",
+            f"{name!r:.100} is not registered",
             "import the package that defines it (import sge_det for SGE's), or correct the name",
         )
         for key, name, registry in names
