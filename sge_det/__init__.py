@@ -18,6 +18,7 @@ from .modeling.blocks import (
 )
 from .modeling.gates import record_gates
 from .modeling.insert import Insertion, insert_sge, with_sge
+from .modeling.padding import ignore_padding
 from .modeling.paper import EvalBatchNorm2d, LinearP6P7, PerBatchRetinaNet, WeightedCascadeROIHeads
 from .modeling.resnet import (
     build_retinanet_sge_resnet_fpn_backbone,
@@ -55,6 +56,7 @@ __all__ = [
     "from_pretrained",
     "get_config",
     "get_config_file",
+    "ignore_padding",
     "insert_sge",
     "make_sge_stages",
     "push_to_hub",

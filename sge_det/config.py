@@ -75,6 +75,11 @@ def _default_options() -> CfgNode:
     options.CONSTANT = False
     # False leaves eq. 3 out, the normalisation of the similarities, to measure what it is worth.
     options.NORMALIZE = True
+    # SGE after each output convolution of the FPN too, as the release offers.
+    options.FPN = False
+    # Nothing is computed from the padding of a batch: gates come from an image's own pixels, and detections do not
+    # depend on its batch-mates. Off in the release; costs time.
+    options.IGNORE_PADDING = False
     # What computes SGE: "eager", "compile" (by torch.compile) or "triton" (GPUs). Where it cannot run a warning says so
     # once and "eager" takes its place.
     options.KERNEL = "eager"
@@ -97,6 +102,8 @@ class SGEOptions:
     attention: str
     constant: bool
     normalize: bool
+    fpn: bool
+    ignore_padding: bool
     kernel: str
     log_period: int
 
@@ -130,6 +137,8 @@ def sge_options(cfg: CfgNode) -> SGEOptions:
         raise UserError(f"MODEL.SGE.CONSTANT holds gamma at 0, but INIT {init!r:.100} starts it at another number")
     if not options["NORMALIZE"] and options["KERNEL"] != "eager":
         raise UserError(f"MODEL.SGE.NORMALIZE False goes with the KERNEL 'eager' alone, not with {options['KERNEL']!r}")
+    if options["FPN"] and options["ATTENTION"] != SGE:
+        raise UserError(f"MODEL.SGE.FPN goes with the ATTENTION 'sge' alone, not with {options['ATTENTION']!r}")
     decay = options["WEIGHT_DECAY"]
     if decay is not None and not (isinstance(decay, int | float) and decay >= 0):
         raise UserError(f"MODEL.SGE.WEIGHT_DECAY must be a number of at least 0, or None; got {decay!r:.100}")
@@ -144,6 +153,8 @@ def sge_options(cfg: CfgNode) -> SGEOptions:
         attention=options["ATTENTION"],
         constant=options["CONSTANT"],
         normalize=options["NORMALIZE"],
+        fpn=options["FPN"],
+        ignore_padding=options["IGNORE_PADDING"],
         kernel=options["KERNEL"],
         log_period=options["LOG_PERIOD"],
     )

@@ -28,6 +28,7 @@ from ..data.datasets import head_section
 from ..errors import UserError
 from ..layers.attention import build_rival
 from ..layers.sge import SpatialGroupEnhance
+from ..modeling.padding import ignore_padding
 
 # The outputs of R-50's four stages for two images of 400x608 and for one of 800x1216.
 SHAPES = [
@@ -361,6 +362,8 @@ def _twins(cfg: CfgNode) -> dict[str, nn.Module]:
         twin.MODEL.SGE.ENABLED = enabled
         torch.manual_seed(0)
         models[name] = build_model(twin)
+        if sge_options(twin).ignore_padding:
+            ignore_padding(models[name])
     models["sge"].load_state_dict(models["plain"].state_dict(), strict=False)
     return models
 

@@ -158,6 +158,8 @@ def what_counts(cfg: CfgNode) -> dict[str, str]:
         own = {f"{section}{key}" for key in ("ENABLED", "ATTENTION", "STAGES")}
     else:
         own = {f"{section}{key}" for key in cfg.MODEL.SGE}
+    if options.ignore_padding:  # of the plain twin, too
+        own |= {f"{section}IGNORE_PADDING"}
     return {
         key: value for key, value in _flat(cfg) if key not in _FREE_KEYS and (key in own or not key.startswith(section))
     }

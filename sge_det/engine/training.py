@@ -28,6 +28,7 @@ from ..evaluation.coco import build_evaluator
 from ..files import write_file
 from ..modeling.blocks import hold_gates_constant, start_sge
 from ..modeling.gates import GateWriter, sge_layers
+from ..modeling.padding import ignore_padding
 from ..solver import build_optimizer
 from . import doctor
 from .faults import in_words
@@ -162,6 +163,8 @@ def build_seeded_model(cfg: CfgNode) -> torch.nn.Module:
     if options.enabled and not options.is_sge:
         # SGE draws nothing from the generator, its rivals do
         model.load_state_dict(build(plain_twin(cfg)).state_dict(), strict=False)
+    if options.ignore_padding:
+        ignore_padding(model)
     return model
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from detectron2.layers import Conv2d
 from detectron2.modeling.backbone import ResNet
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock, DeformBottleneckBlock
 from detectron2.utils.registry import locate
@@ -223,6 +224,24 @@ class SGEBottleneckBlock(_WithSGE, AttentiveBottleneckBlock):
 
 class SGEDeformBottleneckBlock(_WithSGE, AttentiveDeformBottleneckBlock):
     """``AttentiveDeformBottleneckBlock`` with SGE of ``groups`` channel groups, 64 by default."""
+
+
+class SGEConv2d(Conv2d):
+    """Detectron2's ``Conv2d`` with SGE behind its norm: an output convolution of an FPN."""
+
+    @classmethod
+    def of(cls, conv: Conv2d, layer: nn.Module) -> "SGEConv2d":
+        """The convolution that has the parameters of ``conv``, which it takes over, and ``layer`` as its "sge"."""
+        own = cls.__new__(cls)
+        own.__dict__ = conv.__dict__
+        own.add_module(SGE_NAME, layer)
+        return own
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self._conv_forward(x, self.weight, self.bias)
+        if self.norm is not None:
+            x = self.norm(x)
+        return self.sge(x)
 
 
 # Detectron2's block class -> with any attention, with SGE.

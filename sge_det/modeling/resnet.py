@@ -13,9 +13,10 @@ from detectron2.modeling.backbone.fpn import (
     build_retinanet_resnet_fpn_backbone,
 )
 
-from ..config import sge_options
+from ..config import SGEOptions, sge_options
 from ..errors import UserError
-from .blocks import Attention, exchange_blocks, rival_attention, sge_attention
+from .blocks import Attention, SGEConv2d, exchange_blocks, rival_attention, sge_attention
+from .padding import ignore_padding
 from .paper import LinearP6P7, with_eval_bn
 
 _DEPTHS, _DEEPLAB_DEPTHS = (18, 34, 50, 101, 152), (50, 101, 152)
@@ -39,6 +40,10 @@ def build_attention(cfg: CfgNode, stage: str, channels: int) -> Attention | None
             f"MODEL.SGE.GROUPS = {options.groups} does not divide the {channels} channels of {stage}: "
             "set a divisor of them, or leave the stage out of MODEL.SGE.STAGES"
         )
+    return _sge(options)
+
+
+def _sge(options: SGEOptions) -> Attention:
     return sge_attention(
         options.groups, options.init, options.kernel, constant=options.constant, normalize=options.normalize
     )
@@ -57,7 +62,7 @@ def build_sge_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     _check_keys(cfg)
     resnet = _build(build_resnet_backbone, cfg, input_shape)
     _enhance(resnet, cfg)
-    return resnet
+    return _without_padding(resnet, cfg)
 
 
 @BACKBONE_REGISTRY.register()
@@ -94,16 +99,41 @@ def build_sge_resnet_deeplab_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> R
         )
     resnet = _build(build_resnet_deeplab_backbone, cfg, input_shape, depths=_DEEPLAB_DEPTHS)
     _enhance(resnet, cfg)
-    return resnet
+    return _without_padding(resnet, cfg)
 
 
 def _build_fpn(build: Callable[[CfgNode, ShapeSpec], FPN], cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     _check_keys(cfg)
     fpn = _build(build, cfg, input_shape)
     _enhance(fpn.bottom_up, cfg)
+    _enhance_outputs(fpn, sge_options(cfg))
     if isinstance(fpn.top_block, LastLevelP6P7) and not cfg.MODEL.FPN.get("P7_RELU", True):
         fpn.top_block = LinearP6P7.of(fpn.top_block)
-    return fpn
+    return _without_padding(fpn, cfg)
+
+
+def _enhance_outputs(fpn: FPN, options: SGEOptions) -> None:
+    """Puts SGE behind the output convolutions of ``fpn``; p6 and p7 come from others."""
+    if not (options.is_sge and options.fpn):
+        return
+    channels = fpn.output_convs[0].out_channels
+    if channels % options.groups:
+        raise UserError(
+            f"MODEL.SGE.GROUPS = {options.groups} does not divide the {channels} channels of MODEL.FPN.OUT_CHANNELS: "
+            "set a divisor of them, or MODEL.SGE.FPN False"
+        )
+    attention = _sge(options)
+    for name, module in list(fpn.named_children()):
+        if name.startswith("fpn_output"):
+            setattr(fpn, name, SGEConv2d.of(module, attention.build(channels)))
+            # the list in which FPN keeps them besides
+            fpn.output_convs[fpn.output_convs.index(module)] = getattr(fpn, name)
+
+
+def _without_padding(backbone: Backbone, cfg: CfgNode) -> Backbone:
+    if sge_options(cfg).ignore_padding:
+        ignore_padding(backbone)
+    return backbone
 
 
 def _check_keys(cfg: CfgNode) -> None:

@@ -426,3 +426,43 @@ def test_freeze_at_freezes_sge_with_its_stage():
     trainable = {name: p.requires_grad for name, p in backbone.named_parameters() if ".sge." in name}
     assert not trainable["res2.0.sge.weight"]
     assert trainable["res3.0.sge.weight"]
+
+
+@pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet"])
+def test_sge_behind_the_outputs_of_the_fpn(kind):
+    def build(fpn):
+        overrides = ["MODEL.SGE.FPN", fpn, "MODEL.DEVICE", "cpu", "MODEL.FPN.NORM", "GN"]
+        return build_model(sge_det.get_config(f"sample/{kind}_SGE_R_50_FPN.yaml", overrides)).eval()
+
+    torch.manual_seed(0)
+    plain, model = build("False").backbone, build("True").backbone
+    levels = [name for name, _ in plain.named_children() if name.startswith("fpn_output")]
+    keys = {f"{name}.sge.{parameter}" for name in levels for parameter in ("weight", "bias")}
+    assert set(model.state_dict()) - set(plain.state_dict()) == keys
+    model.load_state_dict(plain.state_dict(), strict=False)
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        for name in levels:
+            torch.nn.init.normal_(getattr(model, name).sge.weight)
+        before, after = plain(x), model(x)
+        for name in levels:
+            level = f"p{name.removeprefix('fpn_output')}"
+            torch.testing.assert_close(after[level], getattr(model, name).sge(before[level]))
+    if kind == "retinanet":
+        assert torch.equal(after["p6"], before["p6"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["MODEL.FPN.OUT_CHANNELS", "40"], "16 does not divide the 40 channels of MODEL.FPN.OUT_CHANNELS"),
+        (["MODEL.SGE.ATTENTION", "se"], "MODEL.SGE.FPN goes with the ATTENTION 'sge' alone"),
+    ],
+)
+def test_sge_behind_the_fpn_that_cannot_be(overrides, message):
+    with pytest.raises(sge_det.UserError, match=message):
+        build_model(
+            sge_det.get_config(
+                "sample/faster_rcnn_SGE_R_50_FPN.yaml", ["MODEL.SGE.FPN", "True", "MODEL.DEVICE", "cpu", *overrides]
+            )
+        )
