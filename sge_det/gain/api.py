@@ -12,6 +12,7 @@ import torch
 
 from .. import __version__
 from ..errors import UserError
+from .cost import of_arm
 from .gallery import gallery
 from .input import GroundTruth
 from .looks import Looks
@@ -156,11 +157,11 @@ def report_gain(
     files = {name: [run.predictions for run in runs if run.arm == arms[name]] for name in names}
     gates: dict[str, dict[int, dict]] = {}
     extras = Extras()
-    seconds = dict.fromkeys(names, 0.0)
+    results: dict[str, list[dict]] = {name: [] for name in names}
     for run in runs:
         extras.curves.setdefault(run.arm.name, {})[run.seed] = run.curves()
         result = run.result()
-        seconds[run.arm.name] += result["seconds"]
+        results[run.arm.name].append(result)
         if result["gates"]:
             gates.setdefault(run.arm.name, {})[run.seed] = result["gates"]
         if result.get("pointing"):
@@ -185,6 +186,7 @@ def report_gain(
             verdict["primary"] = False
     report["verdict"] = "\n".join([report["verdict"], *caveats])
     report["plan"] = plan
+    report["cost"] = {name: of_arm(found) for name, found in results.items()}
     extras.provenance = [
         ("config", matrix.config_file),
         *((f"arm {name}", arms[name].describe(cfg)) for name in names),
@@ -195,8 +197,6 @@ def report_gain(
         ("start weights", cfg.MODEL.WEIGHTS or "none, trained from scratch"),
         ("device", cfg.MODEL.DEVICE),
         ("declared before the first run", _in_words(plan)),
-        *((f"training time of {name}", f"{seconds[name] / 60:.0f} min") for name in names),
-        ("training time of all runs", f"{sum(seconds.values()) / 60:.0f} min"),
         *_versions(),
     ]
     _write(matrix.output, measurement, extras, truth, files, matrix.image_root)

@@ -21,12 +21,18 @@ from .measurement import Measurement
 from .verdict import TASK_NAMES
 
 ABSENT = "absent"
+_HOURS = {"hours": "hours", "gpu_hours": "GPU hours", "core_hours": "core hours"}
 # Tables of more categories are folded in the page.
 _FEW_CATEGORIES = 20
 _DECIDES = (
     "Over seeds: new seeds, these images. Over images: these detectors, new images. Over both: new seeds and new "
     "images; a verdict stands on it. Only the metric that was declared is judged; among all others some interval "
     "leaves zero out by chance, so they are exploratory."
+)
+
+_COST = (
+    "Training and evaluation of all runs of an arm, what was done twice after an interruption included; a core counts "
+    "for each thread of torch."
 )
 
 _CSS = """
@@ -135,6 +141,8 @@ def markdown(report: dict) -> str:
     for name, by_seed in report["pointing"].items():
         parts += [f"## Pointing game of {escape(name)}", _pointing_explanation(by_seed)]
         parts += [table.markdown() for table in pointing_tables(by_seed)]
+    if report.get("cost"):
+        parts += ["## Cost", cost_table(report).markdown(), _COST]
     made_from = report.get("provenance", {}).items()
     parts += ["## Made from", "\n".join(f"- {escape(key)}: {escape(value)}" for key, value in made_from)]
     return "\n\n".join(parts) + "\n"
@@ -228,6 +236,23 @@ def gate_table(by_seed: dict[str, dict]) -> Table:
     return Table(header, rows)
 
 
+def cost_table(report: dict) -> Table:
+    """What the arms cost, and all of them together."""
+    rows = []
+    for name, cost in report["cost"].items():
+        rows.append([name, str(cost["runs"]), *(_hours(cost[key]) for key in _HOURS)])
+        rows[-1].append(_hours(cost["hours"] / cost["runs"]))
+    sums = {key: sum(cost[key] for cost in report["cost"].values()) for key in ("runs", *_HOURS)}
+    rows.append(
+        ["all", str(sums["runs"]), *(_hours(sums[key]) for key in _HOURS), _hours(sums["hours"] / sums["runs"])]
+    )
+    return Table(["arm", "runs", *_HOURS.values(), "hours a run"], rows)
+
+
+def _hours(hours: float) -> str:
+    return "" if math.isnan(hours) else f"{hours:.2f}"
+
+
 def pointing_tables(by_seed: dict[str, dict]) -> list[Table]:
     """The pointing game's figures of an arm by stage and size, a table for boxes and one for masks."""
     runs = list(by_seed.values())
@@ -313,6 +338,8 @@ def html_page(measurement: Measurement, extras: Extras) -> str:
         parts += _gallery(report, name, pictures)
     for name, reason in extras.lost.items():
         parts.append(f"<p>The gallery of {html.escape(name)} could not be drawn: {html.escape(reason)}</p>")
+    if report.get("cost"):
+        parts += ["<h2>Cost</h2>", cost_table(report).html(), f'<p class="note">{html.escape(_COST)}</p>']
     parts.append("<h2>Made from</h2>")
     parts.append(Table(["", ""], [[key, value] for key, value in extras.provenance]).html())
     body = "\n".join(parts)

@@ -99,7 +99,7 @@ class Run:
         return self.folder / "inference" / "coco_instances_results.json"
 
     def result(self) -> dict:
-        """What the finished run recorded: ``{"schema", "seconds", "results", "gates", "pointing"}``."""
+        """What the finished run recorded: ``{"schema", "seconds", "results", "gates", "pointing"}`` and its cost."""
         return json.loads((self.folder / RESULT_FILE).read_text())
 
     def curves(self) -> dict[str, list[tuple[int, float]]]:

@@ -10,10 +10,10 @@ import os
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 
 import filelock
+import torch
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
@@ -26,6 +26,7 @@ from ..engine.training import argument_parser, build_seeded_model, setup_config,
 from ..errors import Resumable, UserError, user_errors
 from ..files import write_json
 from ..modeling.gates import gate_statistics
+from . import cost
 from .run import RESULT_FILE
 
 # Of a run that goes on once something is put right; as in sysexits.h.
@@ -37,17 +38,20 @@ _ORPHAN_SECONDS = 60
 def _train_and_record(args: argparse.Namespace) -> None:
     import_modules(args.imports)
     cfg = setup_config(args.config_file, args.opts, args.dataset)
+    folder = Path(cfg.OUTPUT_DIR)
+    if comm.is_main_process():
+        on_gpus = cfg.MODEL.DEVICE != "cpu"
+        count = comm.get_world_size() * (1 if on_gpus else torch.get_num_threads())
+        cost.begin(folder, "GPU" if on_gpus else "core", count)
     start_run(cfg, args)
-    start = time.time()
     results = train(cfg, resume=True)
     if not comm.is_main_process():
         return
-    folder = Path(cfg.OUTPUT_DIR)
     shown = _what_gates_show(cfg)
     for checkpoint in folder.glob("model_[0-9]*.pth*"):
         checkpoint.unlink()
     # the last file of a run, and what marks it as finished
-    record = {"schema": 1, "seconds": round(time.time() - start, 1), "results": results, **shown}
+    record = {"schema": 1, **cost.end(folder), "results": results, **shown}
     write_json(folder / RESULT_FILE, record)
 
 

@@ -83,10 +83,17 @@ def test_what_a_run_leaves(finished):
         assert (folder / "last_checkpoint").read_text() == "model_final.pth"
         assert [path.name for path in folder.glob("*.pth")] == ["model_final.pth"]
         assert not list(folder.rglob("*.part"))
+        result = json.loads((folder / "result.json").read_text())
+        assert result["stretches"] == 1
+        assert result["device_seconds"] == {"core": pytest.approx(result["seconds"], abs=0.2)}  # of one thread
+        assert result["seconds"] > 0.5
     gates = {name: json.loads((output / name / "result.json").read_text())["gates"] for name in RUNS}
     assert gates["plain/seed0"] == {}
     assert list(gates["sge/seed0"]) == ["res2", "res3", "res4", "res5"]
     report = json.loads((output / "report.json").read_text())
+    assert {name: found["runs"] for name, found in report["cost"].items()} == {"plain": 1, "sge": 1}
+    assert report["cost"]["sge"]["core_hours"] == pytest.approx(report["cost"]["sge"]["hours"], abs=1e-4)
+    assert "| all   |    2 |" in (output / "report.md").read_text()
     assert list(report["gates"]) == list(report["pointing"]) == ["sge"]
     played = report["pointing"]["sge"]["0"]
     assert played == json.loads((output / "sge/seed0/result.json").read_text())["pointing"]
@@ -126,6 +133,8 @@ def test_killed_at_random_and_run_again(finished, sample_datasets, tmp_path):
     made.execute(jobs=2)
     assert results(output) == results(finished[0])
     assert [path.name for path in output.glob("*/*/*.pth")] == ["model_final.pth"] * 2
+    stretches = [json.loads(file.read_text())["stretches"] for file in output.glob("*/*/stretches.json")]
+    assert sum(map(len, stretches)) > 2  # what was killed is counted
 
 
 def test_finished_runs_are_kept(finished, sample_datasets, capsys):
