@@ -5,12 +5,13 @@ VENV ?= .venv
 RELEASES ?= locked
 PYTEST_ARGS ?=
 TEST_JOBS ?= 2
+TORTURE_ARGS ?=
 
 # The stamp's name holds a checksum of what the installation depends on: it is redone when that changes, and only then.
 # The folder is part of it, as an editable installation names it.
 STAMP := $(VENV)/.installed-$(shell (pwd; cat setup.py requirements/*) | cksum | cut -d ' ' -f 1)
 
-.PHONY: help install demo test test-latest fuzz lint bench clean
+.PHONY: help install demo test test-latest fuzz torture coverage lint bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -40,6 +41,16 @@ fuzz: install  ## read thousands of damaged and hostile files of weights and ann
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -W ignore tests/torture/fuzz_weights.py --mutated 2000 --crafted 500 --odd 500
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -W ignore tests/torture/fuzz_annotations.py --cases 2000
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -W ignore tests/torture/fuzz_configs.py --cases 1000
+
+torture: install  ## end the tools at every operation on files, and follow their advice; goes on where it stopped
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -W ignore tests/torture/torture.py --jobs $(TEST_JOBS) \
+		--results output/torture.jsonl $(TORTURE_ARGS)
+
+coverage: install  ## run the tests and print which part of each room they run
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -n $(TEST_JOBS) --dist loadfile --cov=sge_det --cov-branch \
+		--cov-report= $(PYTEST_ARGS)
+	$(VENV)/bin/python -m coverage json -o output/coverage.json
+	$(VENV)/bin/python tests/rooms.py output/coverage.json
 
 lint: install  ## check style and formatting
 	$(VENV)/bin/python -m ruff check .

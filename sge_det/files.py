@@ -189,6 +189,24 @@ def remove_file(path: Path) -> None:
         raise kind(f"{path} cannot be removed: {error.strerror or error}") from error
 
 
+def drop_torn_line(path: Path) -> None:
+    """Cuts off the last line of a file that is appended to, if a killed process or a full disk left it without an end.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        with open(path, "r+b") as file:
+            content = file.read()
+            whole = content.rfind(b"\n") + 1
+            if whole < len(content):
+                file.truncate(whole)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
 def publish_folder(part: Path, folder: Path) -> None:
     """Renames a folder that was written beside its place, once all in it is on the disk.
 
@@ -246,6 +264,12 @@ def cannot_write(path: str | Path, error: OSError) -> UserError:
     if error.errno in (errno.EIO, errno.EROFS):
         return Resumable(f"{path} cannot be written: {error.strerror}; see to its disk")
     return UserError(f"{path} cannot be written: {error.strerror or error}")
+
+
+def cannot_write_output(folder: str | Path, error: OSError) -> UserError:
+    """The sentence for an ``OUTPUT_DIR`` that cannot be written: what its disk lacks, or that another is to be named."""
+    told = cannot_write(folder, error)
+    return told if isinstance(told, Resumable) else UserError(f"OUTPUT_DIR {told}: name another")
 
 
 def disk_full(path: str | Path) -> Resumable:

@@ -8,7 +8,15 @@ import pytest
 
 from sge_det import files
 from sge_det.errors import UserError
-from sge_det.files import publish_file, publish_folder, remove_file, replacing, write_file, write_json
+from sge_det.files import (
+    drop_torn_line,
+    publish_file,
+    publish_folder,
+    remove_file,
+    replacing,
+    write_file,
+    write_json,
+)
 
 CALLS = ("open", "fsync", "replace")
 
@@ -185,3 +193,20 @@ def test_a_file_of_a_library_is_synced_before_it_has_its_name(tmp_path, monkeypa
     publish_file(tmp_path / "part.mp4", tmp_path / "a.mp4")
     assert synced == [str(tmp_path / "part.mp4"), str(tmp_path)]
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(b"", b""), (b"a\nb\n", b"a\nb\n"), (b"a\nb", b"a\n"), (b"a", b""), (b"a\n\0\0", b"a\n")]
+)
+def test_a_torn_line_goes(tmp_path, before, after):
+    path = tmp_path / "lines"
+    path.write_bytes(before)
+    drop_torn_line(path)
+    assert path.read_bytes() == after
+
+
+def test_a_torn_line_that_cannot_go_is_told(tmp_path):
+    drop_torn_line(tmp_path / "none")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="cannot be written: Is a directory"):
+        drop_torn_line(tmp_path)

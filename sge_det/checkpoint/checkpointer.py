@@ -1,5 +1,6 @@
 """Weights in and checkpoints out: nothing half-written, nothing silently left at its random start."""
 
+import errno
 import logging
 import math
 import os
@@ -17,7 +18,16 @@ from torch import nn
 from ..errors import Resumable, UserError
 from ..files import remove_file, replacing, write_file
 from ..layers.attention import is_sge_key
-from .checksums import Unreadable, checksums, first_not_finite, read_sidecar, sidecar, unusable, write_sidecar
+from .checksums import (
+    Unreadable,
+    checksums,
+    first_not_finite,
+    read_sidecar,
+    sha256,
+    sidecar,
+    unusable,
+    write_sidecar,
+)
 from .safe_load import load_checkpoint, load_file
 
 logger = logging.getLogger(__name__)
@@ -145,9 +155,12 @@ class Checkpointer(DetectionCheckpointer):
             write_sidecar(path, part.sha256.hexdigest(), part.size, **about)
             self.tag_last_checkpoint(path.name)
         except UserError as error:
-            reason = getattr(error.__cause__, "strerror", None) or error
+            cause = error.__cause__
+            full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+            reason = getattr(cause, "strerror", None) or error
             raise Resumable(
-                f"the checkpoint {path} cannot be written, {reason}: make room, or see to the disk; {self.last_good()}"
+                f"the checkpoint {path} cannot be written ({'the disk is full' if full else reason}), "
+                f"{self.last_good()}: {'free some space' if full else 'see to its disk'}"
             ) from error
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -201,6 +214,7 @@ class Checkpointer(DetectionCheckpointer):
                     first = first or error
                     continue
                 self.resumed_from = place
+                self._add_checksum(place)
                 if first is not None:
                     logger.warning(f"{found[0].name} cannot be used ({first}): going on from {place.name}, before it")
                 return content
@@ -209,6 +223,13 @@ class Checkpointer(DetectionCheckpointer):
         raise UserError(
             f"no checkpoint in {self.save_dir} can be used, of {len(found)}: {first}; start anew in another OUTPUT_DIR"
         ) from first
+
+    def _add_checksum(self, path: Path) -> None:
+        """Gives a checkpoint its checksum where the run was killed between the two, now that it has been read."""
+        if self.save_to_disk and self.checkpointables and not sidecar(path).is_file():
+            data = load_file(str(path))
+            about = {"iteration": data.get("iteration"), "tensors": checksums(data)}
+            write_sidecar(path, sha256(path), path.stat().st_size, **about)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Loads ``path`` into the model, and what else it holds into the checkpointables.
@@ -316,7 +337,7 @@ def _lacking(own: Any, state: Any, name: str) -> str | None:
     if not isinstance(state, dict):
         return name
     for key, part in own.items():
-        if key in ("hooks", "passed_over"):
+        if key in ("hooks", "passed_over", "seed"):
             continue
         if key not in state:
             return f"{name}'s {key}"

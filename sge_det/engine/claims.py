@@ -13,7 +13,7 @@ from detectron2.utils import comm
 
 from ..checkpoint.checkpointer import checkpoints
 from ..errors import UserError
-from ..files import make_folder, remove_file, write_json
+from ..files import cannot_write_output, make_folder, remove_file, write_json
 from .fingerprint import FINGERPRINT_FILE, Contents, differences, fingerprint
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,9 @@ def locked(folder: Path) -> Iterator[None]:
         lock.acquire(blocking=False)
     except filelock.Timeout as error:
         raise UserError(f"{folder} is being trained by another process: wait for it, or end it") from error
-    except (OSError, NotImplementedError) as error:
+    except OSError as error:
+        raise cannot_write_output(folder, error) from error
+    except NotImplementedError as error:
         raise UserError(f"OUTPUT_DIR {folder} cannot be written ({error}): name another") from error
     try:
         yield

@@ -18,7 +18,6 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import HookBase, create_ddp_model, hooks
-from detectron2.engine.defaults import default_writers
 from detectron2.engine.train_loop import AMPTrainer, SimpleTrainer, TrainerBase
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
 from detectron2.solver import LRMultiplier
@@ -38,6 +37,7 @@ from .claims import claimed_folder
 from .fingerprint import Contents, fingerprint_of
 from .logs import start_logs
 from .loss_guard import LossGuard
+from .periodic import KeptCheckpoints, LoggedEvaluation
 from .stopping import StopHook, waiting
 from .training import Trainer, faults_in_words
 
@@ -254,13 +254,16 @@ class LazyTrainer(Trainer):
         self.checkpointer = Checkpointer(model, train.output_dir, trainer=weakref.proxy(self))
         self.start_iter, self.max_iter = 0, train.max_iter
         self.cfg, self.device = cfg, train.device
-        self._is_stopped = False
+        self._is_seed_drawn = _seed(cfg) < 0
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
+        drawn = self.seed
         self.checkpointer.resume_or_load(self.cfg.train.init_checkpoint, resume=resume)
         if resume and self.checkpointer.has_checkpoint():
             self.start_iter = self.iter + 1
+        if self.seed != drawn:
+            self._trainer.reset_data_loader(lambda: build_lazy_train_loader(self.cfg, self.seed))
         if hasattr(self.data_loader, "start"):
             self.data_loader.start = self.start_iter
 
@@ -274,16 +277,15 @@ class LazyTrainer(Trainer):
         if comm.is_main_process():
             if sge_layers(self.model) and train.get("sge_log_period", 200) > 0:
                 built.insert(0, GateWriter(self.model, train.get("sge_log_period", 200)))
-            built.append(hooks.PeriodicCheckpointer(self.checkpointer, **train.checkpointer))
+            built.append(KeptCheckpoints(self.checkpointer, **train.checkpointer))
 
         def test() -> OrderedDict:
             self._last_eval_results = _test(self.cfg, self.model)
             return self._last_eval_results
 
-        built += [StopHook(), hooks.EvalHook(train.eval_period, test)]
+        built += [StopHook(), LoggedEvaluation(train.eval_period, test)]
         if comm.is_main_process():
-            writers = default_writers(train.output_dir, train.max_iter)
-            built.append(hooks.PeriodicWriter(writers, period=train.log_period))
+            built.append(hooks.PeriodicWriter(self.build_writers(), period=train.log_period))
         return built
 
 
@@ -363,7 +365,12 @@ def train_lazily(cfg: DictConfig, *, resume: bool = False) -> OrderedDict:
             logger.warning(
                 f"{cfg.train.output_dir} is trained to iteration {trainer.start_iter} already: evaluating it"
             )
-            return _test(cfg, trainer.model)
+            trainer.finish_last_checkpoint()
+            results = _test(cfg, trainer.model)
+            trainer.log_results(results, trainer.start_iter)
+            return results
+        with waiting(False):
+            trainer.evaluate_if_cut_off()
         return trainer.train()
 
 

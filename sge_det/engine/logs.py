@@ -10,7 +10,7 @@ from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.logger import setup_logger
 
-from ..files import cannot_write
+from ..files import cannot_write, cannot_write_output
 
 _LOGGERS = ("fvcore", "detectron2", "sge_det")
 
@@ -63,8 +63,7 @@ def start_logs(folder: str | Path, args: argparse.Namespace, described: str) -> 
         folder.mkdir(parents=True, exist_ok=True)
         log = LogFile(folder / ("log.txt" if rank == 0 else f"log.txt.rank{rank}"))
     except OSError as error:
-        told = cannot_write(folder, error)
-        raise type(told)(f"OUTPUT_DIR {told}: name another, or put that right") from error
+        raise cannot_write_output(folder, error) from error
     for name in _LOGGERS:
         logger = setup_logger(None, distributed_rank=rank, name=name)
         for before in [handler for handler in logger.handlers if isinstance(handler, LogFile)]:

@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import logging
+import re
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -11,12 +13,15 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, default_argument_parser
+from detectron2.engine.defaults import default_writers
 from detectron2.engine.hooks import EvalHook, PeriodicWriter
 from detectron2.engine.train_loop import AMPTrainer, SimpleTrainer, TrainerBase
 from detectron2.evaluation import verify_results
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage, EventWriter, JSONWriter
 
 from ..checkpoint.checkpointer import Checkpointer, last_checkpoint
 from ..checkpoint.sources import Recipe
@@ -25,7 +30,7 @@ from ..data.datasets import register_sample, use_datasets
 from ..data.loader import EvaluationLoader, ReplayableLoader, build_test_loader, build_train_loader
 from ..errors import Stopped, UserError
 from ..evaluation.coco import build_evaluator
-from ..files import write_file
+from ..files import drop_torn_line, write_file
 from ..modeling.blocks import hold_gates_constant, start_sge
 from ..modeling.gates import GateWriter, sge_layers
 from ..modeling.padding import ignore_padding
@@ -35,6 +40,7 @@ from .faults import in_words
 from .launching import TIMEOUT_SECONDS
 from .logs import start_logs
 from .loss_guard import LossGuard
+from .periodic import LoggedEvaluation
 from .stopping import StopHook, waiting
 
 logger = logging.getLogger(__name__)
@@ -196,11 +202,14 @@ class Trainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.device = cfg.MODEL.DEVICE
-        self._is_stopped = False
+        self._is_seed_drawn = cfg.SEED < 0
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
+        drawn = self.seed
         super().resume_or_load(resume)
+        if self.seed != drawn:
+            self._trainer.reset_data_loader(lambda: build_train_loader(self.cfg, self.seed))
         self.data_loader.start = self.start_iter
         options = sge_options(self.cfg)
         if self.start_iter == 0 and options.reset:
@@ -219,28 +228,36 @@ class Trainer(DefaultTrainer):
         try:
             super().after_step()
         except Stopped:
-            self._is_stopped = True
             # the last step's is written already
             if self.iter + 1 < self.max_iter and comm.is_main_process():
                 self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
             raise
 
     def after_train(self) -> None:
-        if not self._is_stopped:
+        if self.iter == self.max_iter:
             super().after_train()
             return
-        # no evaluation, which stopping in the last step would begin
+        # Stopped, or failed: no evaluation, which would begin if that was in the last step. What ended it is told, and
+        # not what a writer, which may have been that, makes of it.
         self.storage.iter = self.iter
         for hook in self._hooks:
             if isinstance(hook, PeriodicWriter):
-                hook.after_train()
+                with contextlib.suppress(Exception):
+                    hook.after_train()
 
     def state_dict(self) -> dict:
-        return super().state_dict() | {"passed_over": self._guard.passed_over}
+        return super().state_dict() | {"passed_over": self._guard.passed_over, "seed": self.seed}
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
         self._guard.passed_over = int(state_dict.get("passed_over", 0))
+        if self._is_seed_drawn:  # when the run began
+            self.seed = int(state_dict.get("seed", self.seed))
+
+    def build_writers(self) -> list[EventWriter]:
+        folder = self.checkpointer.save_dir
+        drop_torn_line(Path(folder, "metrics.json"))
+        return default_writers(folder, self.max_iter)
 
     def build_hooks(self) -> list[HookBase]:
         hooks = super().build_hooks()
@@ -249,8 +266,40 @@ class Trainer(DefaultTrainer):
             # before the evaluation, which would count as well, and before the writers, which come last
             hooks.insert(0, GateWriter(self.model, period))
         evaluation = next(place for place, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+        hooks[evaluation] = LoggedEvaluation(self.cfg.TEST.EVAL_PERIOD, hooks[evaluation]._func)
         hooks.insert(evaluation, StopHook())
         return hooks
+
+    def evaluate_if_cut_off(self) -> None:
+        """Makes up for the evaluation after the last step, if the run ended between that step and its end."""
+        hook = next(hook for hook in self._hooks if isinstance(hook, EvalHook))
+        iteration = self.start_iter - 1
+        if iteration < 0 or not hook._period or self.start_iter % hook._period:
+            return
+        is_lacking = comm.is_main_process() and not _has_results(Path(self.checkpointer.save_dir), iteration)
+        if comm.all_gather(is_lacking)[0]:
+            logger.info(f"the evaluation after iteration {iteration} was cut off: it is done now")
+            self.log_results(hook._func(), iteration)
+
+    def log_results(self, results: OrderedDict, iteration: int) -> None:
+        """Writes the metrics of an evaluation where they would stand if it had not been cut off."""
+        if results and comm.is_main_process():
+            with EventStorage(iteration) as storage:
+                storage.put_scalars(**flatten_results_dict(results), smoothing_hint=False)
+                self.write_metrics()
+
+    def write_metrics(self) -> None:
+        """Brings what was measured so far into ``metrics.json``, in the main process."""
+        for hook in self._hooks:
+            for writer in hook._writers if isinstance(hook, PeriodicWriter) else ():
+                if isinstance(writer, JSONWriter):
+                    writer.write()
+
+    def finish_last_checkpoint(self) -> None:
+        """Writes ``model_final.pth`` where the training was cut off after the last iteration and before that file."""
+        last = self.checkpointer.resumed_from
+        if self.start_iter == self.max_iter and last is not None and last.name != "model_final.pth":
+            self.checkpointer.save("model_final", iteration=self.max_iter - 1)
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> torch.nn.Module:
@@ -304,21 +353,25 @@ def train(cfg: CfgNode, *, resume: bool = False) -> OrderedDict:
     if not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name a data set, or give one with --dataset NAME JSON IMAGES")
     doctor.tell(doctor.examine_run(cfg, processes=comm.get_world_size()))
-    _load_test_sets(cfg)
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=resume)
-    if trainer.start_iter >= trainer.max_iter:
-        logger.warning(
-            f"{cfg.OUTPUT_DIR} is already trained to iteration {trainer.start_iter}: raise SOLVER.MAX_ITER "
-            f"({trainer.max_iter}) to train on. Evaluating it."
-        )
-        _finish_last_checkpoint(trainer)
-        return _test(cfg, trainer.model)
-    with faults_in_words(cfg.OUTPUT_DIR), waiting():
-        trainer.train()
-    results = getattr(trainer, "_last_eval_results", OrderedDict())
-    if cfg.TEST.AUG.ENABLED:
-        results.update(Trainer.test_with_TTA(cfg, trainer.model))
+    with faults_in_words(cfg.OUTPUT_DIR):
+        _load_test_sets(cfg)
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=resume)
+        if trainer.start_iter >= trainer.max_iter:
+            logger.warning(
+                f"{cfg.OUTPUT_DIR} is already trained to iteration {trainer.start_iter}: raise SOLVER.MAX_ITER "
+                f"({trainer.max_iter}) to train on. Evaluating it."
+            )
+            trainer.finish_last_checkpoint()
+            results = Trainer.test(cfg, trainer.model)
+            trainer.log_results(results, trainer.start_iter)
+        else:
+            trainer.evaluate_if_cut_off()
+            with waiting():
+                trainer.train()
+            results = getattr(trainer, "_last_eval_results", OrderedDict())
+        if cfg.TEST.AUG.ENABLED:
+            results.update(Trainer.test_with_TTA(cfg, trainer.model))
     return results
 
 
@@ -335,15 +388,18 @@ def _load_test_sets(cfg: CfgNode) -> None:
         except UserError:
             raise
         except Exception as error:  # whatever functions that make data sets return, and evaluators make of that
+            if in_words(error, cfg.OUTPUT_DIR):
+                raise
             text = " ".join(str(error).split())[:300]
             raise UserError(f"the test set {name} cannot be evaluated ({type(error).__name__}: {text})") from error
 
 
-def _finish_last_checkpoint(trainer: Trainer) -> None:
-    """Writes ``model_final.pth`` where the training was cut off after the last iteration and before that file."""
-    last = trainer.checkpointer.resumed_from
-    if trainer.start_iter == trainer.max_iter and last is not None and last.name != "model_final.pth":
-        trainer.checkpointer.save("model_final", iteration=trainer.max_iter - 1)
+def _has_results(folder: Path, iteration: int) -> bool:
+    path = folder / "metrics.json"
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    # the one at the end of a run counts from the next iteration
+    place = rb'"iteration": (%d|%d)[,}]' % (iteration, iteration + 1)
+    return any(b"/AP" in line and re.search(place, line) for line in lines)
 
 
 @contextlib.contextmanager
@@ -353,8 +409,16 @@ def faults_in_words(folder: str) -> Iterator[None]:
     def has_no_sentence(record: logging.LogRecord) -> bool:
         return not (record.exc_info and in_words(record.exc_info[1], folder))
 
+    def told_by_thread(args: threading.ExceptHookArgs) -> None:
+        told = in_words(args.exc_value, folder) if args.exc_value else None
+        if told is None:
+            before(args)
+        else:  # TensorBoard's writer has one, and tells its next caller, if there is one
+            logger.warning(f"{told}; the curves for TensorBoard are not whole")
+
     log = logging.getLogger("detectron2.engine.train_loop")
     log.addFilter(has_no_sentence)
+    before, threading.excepthook = threading.excepthook, told_by_thread
     try:
         yield
     except Exception as error:
@@ -364,6 +428,7 @@ def faults_in_words(folder: str) -> Iterator[None]:
         raise told from error
     finally:
         log.removeFilter(has_no_sentence)
+        threading.excepthook = before
 
 
 def evaluate(cfg: CfgNode, *, resume: bool = False) -> OrderedDict:

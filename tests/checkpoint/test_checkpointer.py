@@ -325,3 +325,14 @@ def test_the_file_beside_says_what_it_is_of(tmp_path):
     assert content["file"] == path.name
     assert content["bytes"] == path.stat().st_size
     assert content["iteration"] == 8
+
+
+def test_a_checkpoint_whose_run_was_killed_before_its_checksum_gets_one(tmp_path):
+    folder = run_of(tmp_path)
+    last = folder / "model_0000008.pth"
+    before = json.loads(sidecar(last).read_text())
+    sidecar(last).unlink()
+    Checkpointer(linear(), str(folder), whole_model=True).resume_or_load("", resume=True)
+    assert not sidecar(last).exists()  # an evaluation writes nothing
+    assert resume(folder) == 8
+    assert json.loads(sidecar(last).read_text()) == before

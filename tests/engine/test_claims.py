@@ -1,7 +1,9 @@
 """A folder belongs to one run: what may go on in it, and what is refused."""
 
+import errno
 import json
 import logging
+import os
 
 import pytest
 from conftest import TINY
@@ -141,4 +143,21 @@ def test_resume_without_a_checkpoint_is_no_silent_start(config, tmp_path, caplog
 
 def test_two_at_once_in_a_folder_are_refused(config):
     with claimed(config()), pytest.raises(UserError, match="is being trained by another process"), claimed(config()):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (errno.ENOSPC, r"the disk that holds .*run is full: free some space"),
+        (errno.EROFS, r"run cannot be written: Read-only file system; see to its disk"),
+        (errno.EACCES, r"OUTPUT_DIR .*run cannot be written: Permission denied: name another"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_told(config, monkeypatch, number, told):
+    def fail(lock, **options):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("filelock.FileLock.acquire", fail)
+    with pytest.raises(UserError, match=f"^{'.*' if told.startswith('run') else ''}{told}$"), claimed(config()):
         pass

@@ -11,6 +11,7 @@ from detectron2.modeling import build_model
 import sge_det
 from sge_det.checkpoint.checkpointer import Checkpointer
 from sge_det.data.datasets import register_dataset
+from sge_det.engine.periodic import KeptCheckpoints
 from sge_det.engine.training import (
     Trainer,
     argument_parser,
@@ -21,6 +22,7 @@ from sge_det.engine.training import (
     start_run,
     train,
 )
+from sge_det.errors import Stopped
 
 FASTER = "sample/faster_rcnn_SGE_R_50_FPN.yaml"
 
@@ -105,11 +107,102 @@ def test_checkpoints_are_whole_or_absent(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(sge_det.UserError, match=r"second\.pth cannot be written, No space left on device: make room"):
+    with pytest.raises(
+        sge_det.UserError, match=r"second\.pth cannot be written \(the disk is full\), .*first\.pth: free some space"
+    ):
         checkpointer.save("second")
     assert (tmp_path / "last_checkpoint").read_text() == "first.pth"
     names = ["first.pth", "first.pth.sha256.json", "last_checkpoint"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+SMALL = (
+    *("MODEL.FPN.OUT_CHANNELS", "8", "MODEL.ROI_BOX_HEAD.FC_DIM", "8", "MODEL.RESNETS.RES2_OUT_CHANNELS", "16"),
+    *("SOLVER.CHECKPOINT_PERIOD", "1", "TEST.EVAL_PERIOD", "1"),
+)
+
+
+def evaluations(folder):
+    """The iterations whose metrics stand in the log."""
+    lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    return [line["iteration"] for line in lines if "bbox/AP" in line]
+
+
+def test_a_seed_that_was_drawn_is_the_runs(tmp_path, sample_datasets):
+    cfg = tiny_config(tmp_path, sample_datasets, *SMALL, "SEED", "-1", "SOLVER.MAX_ITER", "1")
+    cfg.DATASETS.TEST = ()
+    first = Trainer(cfg)
+    first.resume_or_load(resume=True)
+    first.train()
+    cfg.SOLVER.MAX_ITER = 3
+    resumed, other = Trainer(cfg), Trainer(cfg)
+    resumed.resume_or_load(resume=True)
+    other.resume_or_load(resume=False)
+    assert resumed.seed == first.seed != other.seed
+    # what the first would have gone on with, in the order and with the augmentations of its seed
+    first.data_loader.start = 1
+    here, there = (next(iter(trainer.data_loader)) for trainer in (resumed, first))
+    assert [image["file_name"] for image in here] == [image["file_name"] for image in there]
+    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(here, there, strict=True))
+
+
+@pytest.mark.parametrize("cut_off", [0, 1, 2], ids=["first", "second", "last"])
+def test_an_evaluation_that_is_cut_off_is_made_up_for(tmp_path, sample_datasets, monkeypatch, cut_off):
+    cfg = tiny_config(tmp_path, sample_datasets, *SMALL, "SOLVER.MAX_ITER", "3")
+    test, calls = Trainer.test.__func__, []
+
+    def stop(cls, *arguments):
+        calls.append(arguments)
+        if len(calls) == cut_off + 1:
+            raise Stopped(15)
+        return test(cls, *arguments)
+
+    monkeypatch.setattr(Trainer, "test", classmethod(stop))
+    with pytest.raises(Stopped):
+        train(cfg)
+    # what was measured before is there
+    assert evaluations(tmp_path) == [0, 1][:cut_off]
+    assert train(cfg, resume=True)["bbox"].keys() >= {"AP"}
+    assert evaluations(tmp_path) == [0, 1, 3]
+
+
+@pytest.mark.parametrize(("asked", "kept"), [(None, 4), (3, 3), (1, 2)])
+def test_the_last_two_checkpoints_are_always_kept(tmp_path, asked, kept):
+    hook = KeptCheckpoints(Checkpointer(torch.nn.Linear(2, 2), str(tmp_path)), 1, max_to_keep=asked)
+    for iteration in range(4):
+        hook.step(iteration)
+    names = [f"model_{iteration:07d}.pth" for iteration in range(4)][-kept:]
+    assert sorted(path.name for path in tmp_path.glob("model*")) == sorted(
+        [*names, *(f"{name}.sha256.json" for name in names)]
+    )
+
+
+def test_a_line_that_was_cut_off_is_no_part_of_the_next(tmp_path, sample_datasets):
+    cfg = tiny_config(tmp_path, sample_datasets, *SMALL, "SOLVER.MAX_ITER", "1")
+    train(cfg)
+    with open(tmp_path / "metrics.json", "a") as file:
+        file.write('{"iteration": 1, "tot')
+    cfg.SOLVER.MAX_ITER = 2
+    train(cfg, resume=True)
+    assert evaluations(tmp_path) == [1, 2]
+
+
+@pytest.mark.parametrize("thread", [False, True], ids=["metrics.json", "TensorBoard"])
+def test_a_log_on_a_full_disk_is_told_and_nothing_else(tmp_path, sample_datasets, monkeypatch, capfd, thread):
+    """TensorBoard's writer has a thread of its own, whose traceback would be printed."""
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    if thread:
+        monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
+    else:
+        monkeypatch.setattr("detectron2.utils.events.JSONWriter.write", full)
+    cfg = tiny_config(tmp_path, sample_datasets, *SMALL, "SOLVER.MAX_ITER", "1")
+    with pytest.raises(sge_det.UserError, match="is full: free some space"):
+        train(cfg)
+    assert "Traceback" not in capfd.readouterr().err
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
 
 
 def test_evaluation_loads_what_training_wrote(tmp_path, sample_datasets):
