@@ -267,7 +267,7 @@ def cannot_write(path: str | Path, error: OSError) -> UserError:
 
 
 def cannot_write_output(folder: str | Path, error: OSError) -> UserError:
-    """The sentence for an ``OUTPUT_DIR`` that cannot be written: what its disk lacks, or that another is to be named."""
+    """The sentence for an ``OUTPUT_DIR`` that cannot be written: of its disk, or to name another."""
     told = cannot_write(folder, error)
     return told if isinstance(told, Resumable) else UserError(f"OUTPUT_DIR {told}: name another")
 
