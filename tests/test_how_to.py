@@ -59,7 +59,7 @@ def run(command, work):
 
 def test_every_marked_block_is_of_a_page_that_is_tested():
     marked = [page.name for page in PAGES if "<!-- tested: " in page.read_text(encoding="utf-8")]
-    assert marked == ["my_backbone.md", "my_weights.md", "other_formats.md", "read_a_report.md"]
+    assert marked == ["my_backbone.md", "my_cluster.md", "my_weights.md", "other_formats.md", "read_a_report.md"]
 
 
 def test_my_backbone(capsys):
@@ -79,6 +79,15 @@ def test_my_weights(work):
     assert ": 0 errors, " in printed[-1]
     run([*train, *TINY, *SHORT, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "8"], work)
     assert (work / "output/model_final.pth").is_file()
+
+
+def test_my_cluster(work):
+    *runs, report = commands("my_cluster.md")
+    short = [*TINY, *SHORT, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
+    for command in runs:
+        run([*command, *short], work)
+        assert not (work / "output/gain/report.json").exists()
+    assert "left out: plain/seed1, sge/seed1" in run([*report, *short], work)
 
 
 def test_other_formats(work, monkeypatch):
