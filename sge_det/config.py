@@ -83,6 +83,9 @@ def _default_options() -> CfgNode:
     # What computes SGE: "eager", "compile" (by torch.compile) or "triton" (GPUs). Where it cannot run a warning says so
     # once and "eager" takes its place.
     options.KERNEL = "eager"
+    # In training SGE's input is computed again in the backward pass, by the block's last convolution and norm, rather
+    # than kept: less memory, more time. RESNETS.NORM is then "FrozenBN", "BN", "EvalBN", "GN" or "".
+    options.SAVE_MEMORY = False
     # Training logs the gates' statistics every so many iterations; 0 turns it off.
     options.LOG_PERIOD = 200
     return options
@@ -105,6 +108,7 @@ class SGEOptions:
     fpn: bool
     ignore_padding: bool
     kernel: str
+    save_memory: bool
     log_period: int
 
     @property
@@ -139,6 +143,9 @@ def sge_options(cfg: CfgNode) -> SGEOptions:
         raise UserError(f"MODEL.SGE.NORMALIZE False goes with the KERNEL 'eager' alone, not with {options['KERNEL']!r}")
     if options["FPN"] and options["ATTENTION"] != SGE:
         raise UserError(f"MODEL.SGE.FPN goes with the ATTENTION 'sge' alone, not with {options['ATTENTION']!r}")
+    for key, value in (("ATTENTION", SGE), ("NORMALIZE", True), ("IGNORE_PADDING", False)):
+        if options["SAVE_MEMORY"] and options[key] != value:
+            raise UserError(f"MODEL.SGE.SAVE_MEMORY goes with {key} {value!r} alone, not with {options[key]!r:.100}")
     decay = options["WEIGHT_DECAY"]
     if decay is not None and not (isinstance(decay, int | float) and decay >= 0):
         raise UserError(f"MODEL.SGE.WEIGHT_DECAY must be a number of at least 0, or None; got {decay!r:.100}")
@@ -156,6 +163,7 @@ def sge_options(cfg: CfgNode) -> SGEOptions:
         fpn=options["FPN"],
         ignore_padding=options["IGNORE_PADDING"],
         kernel=options["KERNEL"],
+        save_memory=options["SAVE_MEMORY"],
         log_period=options["LOG_PERIOD"],
     )
 

@@ -13,6 +13,8 @@ gradient (``kernels.py``). Whatever must see operators one by one, or differenti
 ones of ``sge_plain.py``.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_legacy_batchedtensor
@@ -89,7 +91,7 @@ class SpatialGroupEnhance(nn.Module):
         self._check(x, shortcut)
         if torch.jit.is_scripting():
             return sge_plain.enhance(x, shortcut, self.weight, self.bias, self.eps, self.normalize)
-        if _has_hooks(self):
+        if has_hooks(self):
             return torch.relu(self(x) + shortcut)
         return self._enhance(x, shortcut, inplace)
 
@@ -119,7 +121,7 @@ class SpatialGroupEnhance(nn.Module):
         for see in self.observers:
             see(x)
         if torch.compiler.is_compiling():
-            _has_hooks(self)  # compiled code is made anew only where what was asked for has changed
+            has_hooks(self)  # compiled code is made anew only where what was asked for has changed
         weight, bias, eps = self.weight, self.bias, self.eps
         tensors = [tensor for tensor in (x, shortcut, weight, bias) if tensor is not None]
         if not self.normalize or _must_see_operators(*tensors):
@@ -169,6 +171,33 @@ class _Enhance(torch.autograd.Function):
         return grad_x, grad_shortcut, grad_weight, grad_bias, None, None
 
 
+def replace_saved_input(result: Tensor, again: Callable[[], Tensor]) -> bool:
+    """Lets the gradient of a layer's result compute the layer's input again rather than keep it.
+
+    Args:
+        result: what the layer or the block tail returned.
+        again: returns the input (N, C, H, W) as it was; it is called in each backward pass, recording no gradient.
+
+    Returns:
+        whether that is so now. It is not where no input is kept, plain operators computed the result, or all saved
+        tensors are in other hands (checkpointing, offloading).
+    """
+    node = result.grad_fn
+    if not isinstance(node, _Enhance._backward_cls) or node._raw_saved_tensors[0] is None:
+        return False
+    try:
+        node._raw_saved_tensors[0].register_hooks(lambda x: (again, x.dtype, x.stride()), _computed_again)
+    except RuntimeError:  # hooks of somebody else are there
+        return False
+    return True
+
+
+def _computed_again(packed: tuple[Callable[[], Tensor], torch.dtype, tuple[int, ...]]) -> Tensor:
+    again, dtype, strides = packed
+    x = again().to(dtype)
+    return x if x.stride() == strides else x.new_empty_strided(x.shape, strides).copy_(x)
+
+
 def _plain_gradients(ctx, x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> list[Tensor | None]:
     """The gradients of x, weight and bias, where needed, by operators that autograd can differentiate again."""
     inputs = (x, weight, bias)
@@ -201,7 +230,7 @@ def _must_see_operators(*tensors: Tensor) -> bool:
     )
 
 
-def _has_hooks(layer: nn.Module) -> bool:
+def has_hooks(layer: nn.Module) -> bool:
     """Whether a call of the layer runs more than its ``forward``."""
     return bool(
         layer._forward_hooks

@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..layers.attention import SGE as SGE_NAME
 from ..layers.attention import attention_kind, build_rival
 from ..layers.sge import SpatialGroupEnhance
+from .recompute import forget_input
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,12 @@ class Attention:
     Attributes:
         name: the submodule's name in the block and so in state dicts, for instance "sge".
         build: makes the module for a number of channels; the module maps (N, C, H, W) to the same shape.
+        save_memory: its input is computed again in the backward pass rather than kept; for SGE alone.
     """
 
     name: str
     build: Callable[[int], nn.Module]
+    save_memory: bool = False
 
 
 def sge_attention(
@@ -43,6 +46,7 @@ def sge_attention(
     *,
     constant: bool = False,
     normalize: bool = True,
+    save_memory: bool = False,
 ) -> Attention:
     """SGE as blocks take it; can be pickled, and written into a lazy config.
 
@@ -51,11 +55,13 @@ def sge_attention(
         init: start values of weight (gamma) and bias (beta).
         kernel, normalize: as in ``SpatialGroupEnhance``.
         constant: gamma is held at its start, so that with 0 the gates are the same all over a map.
+        save_memory: in training the block's last convolution and norm are computed again in the backward pass, and
+            SGE's input is not kept. Blocks whose last norm is one of processes together (SyncBN) keep it.
     """
     build = functools.partial(
         _build_sge, groups=groups, init=tuple(init), kernel=kernel, constant=constant, normalize=normalize
     )
-    return Attention(SGE_NAME, build)
+    return Attention(SGE_NAME, build, save_memory)
 
 
 def _build_sge(
@@ -131,13 +137,34 @@ class _Attentive:
 
     def _attend(self, attention: Attention | None) -> None:
         self.attention_name = None if attention is None else attention.name
+        self.save_memory = attention is not None and attention.save_memory
         if attention is not None:
             self.add_module(attention.name, attention.build(self.out_channels))
+
+    def _inner(self, x: Tensor) -> Tensor:
+        """What the last convolution of the branch gets."""
+        raise NotImplementedError
 
     def _branch(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
+    @torch.jit.unused
+    def _is_lean(self) -> bool:
+        # Compilers decide themselves what is kept.
+        looked_at = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        return self.save_memory and torch.is_grad_enabled() and not looked_at
+
+    @torch.jit.unused
+    def _lean_forward(self, x: Tensor) -> Tensor:
+        last, inner = self.conv3 if hasattr(self, "conv3") else self.conv2, self._inner(x)
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        result = self.sge.residual(last(inner), shortcut)
+        forget_input(result, last, inner)
+        return result
+
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting() and self._is_lean():
+            return self._lean_forward(x)
         out = self._branch(x)
         shortcut = x if self.shortcut is None else self.shortcut(x)
         if self.attention_name is None:
@@ -179,8 +206,11 @@ class AttentiveBasicBlock(_Attentive, BasicBlock):
         in_channels, out_channels, stride, norm: as in ``BasicBlock``.
     """
 
+    def _inner(self, x: Tensor) -> Tensor:
+        return F.relu_(self.conv1(x))
+
     def _branch(self, x: Tensor) -> Tensor:
-        return self.conv2(F.relu_(self.conv1(x)))
+        return self.conv2(self._inner(x))
 
 
 class AttentiveBottleneckBlock(_Attentive, BottleneckBlock):
@@ -191,8 +221,11 @@ class AttentiveBottleneckBlock(_Attentive, BottleneckBlock):
         in_channels, out_channels, bottleneck_channels, ...: as in ``BottleneckBlock``.
     """
 
+    def _inner(self, x: Tensor) -> Tensor:
+        return F.relu_(self.conv2(F.relu_(self.conv1(x))))
+
     def _branch(self, x: Tensor) -> Tensor:
-        return self.conv3(F.relu_(self.conv2(F.relu_(self.conv1(x)))))
+        return self.conv3(self._inner(x))
 
 
 class AttentiveDeformBottleneckBlock(_Attentive, DeformBottleneckBlock):
@@ -203,7 +236,7 @@ class AttentiveDeformBottleneckBlock(_Attentive, DeformBottleneckBlock):
         in_channels, out_channels, bottleneck_channels, ...: as in ``DeformBottleneckBlock``.
     """
 
-    def _branch(self, x: Tensor) -> Tensor:
+    def _inner(self, x: Tensor) -> Tensor:
         out = F.relu_(self.conv1(x))
         offset = self.conv2_offset(out)
         if self.deform_modulated:
@@ -211,7 +244,10 @@ class AttentiveDeformBottleneckBlock(_Attentive, DeformBottleneckBlock):
             out = self.conv2(out, torch.cat((offset_x, offset_y), dim=1), mask.sigmoid())
         else:
             out = self.conv2(out, offset)
-        return self.conv3(F.relu_(out))
+        return F.relu_(out)
+
+    def _branch(self, x: Tensor) -> Tensor:
+        return self.conv3(self._inner(x))
 
 
 class SGEBasicBlock(_WithSGE, AttentiveBasicBlock):

@@ -18,6 +18,7 @@ from ..errors import UserError
 from .blocks import Attention, SGEConv2d, exchange_blocks, rival_attention, sge_attention
 from .padding import ignore_padding
 from .paper import LinearP6P7, with_eval_bn
+from .recompute import can_be_again
 
 _DEPTHS, _DEEPLAB_DEPTHS = (18, 34, 50, 101, 152), (50, 101, 152)
 # What only DeepLab's builder reads, with the values at which there is nothing to read.
@@ -40,12 +41,23 @@ def build_attention(cfg: CfgNode, stage: str, channels: int) -> Attention | None
             f"MODEL.SGE.GROUPS = {options.groups} does not divide the {channels} channels of {stage}: "
             "set a divisor of them, or leave the stage out of MODEL.SGE.STAGES"
         )
+    norm = cfg.MODEL.RESNETS.NORM
+    if options.save_memory and not can_be_again(norm):
+        raise UserError(
+            f"MODEL.SGE.SAVE_MEMORY True cannot compute a norm of MODEL.RESNETS.NORM {norm!r:.100} a second time: set "
+            "NORM to 'FrozenBN', 'BN', 'EvalBN', 'GN' or '', or SAVE_MEMORY to False"
+        )
     return _sge(options)
 
 
 def _sge(options: SGEOptions) -> Attention:
     return sge_attention(
-        options.groups, options.init, options.kernel, constant=options.constant, normalize=options.normalize
+        options.groups,
+        options.init,
+        options.kernel,
+        constant=options.constant,
+        normalize=options.normalize,
+        save_memory=options.save_memory,
     )
 
 
