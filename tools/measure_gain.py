@@ -35,7 +35,7 @@ from sge_det.gain import (
 from sge_det.gain.arms import BUILT_IN
 from sge_det.gain.inference import MARGIN
 from sge_det.gain.looks import FIRST_SEEDS, MOST_SEEDS
-from sge_det.gain.plan import declare
+from sge_det.gain.plan import declare, declared
 from sge_det.gain.power import from_pilot, in_words, published, tables
 from sge_det.gain.power import given as given_spread
 from sge_det.gain.report import metric_table
@@ -51,7 +51,13 @@ def parser() -> argparse.ArgumentParser:
     add = arguments.add_argument
     add("--config-file", default="", metavar="FILE", help="the config that the arms share")
     add("--output", metavar="DIR", help="folder of the runs and the report")
-    add("--seeds", nargs="+", type=int, metavar="K", help="a run of each arm for each (default 0)")
+    add(
+        "--seeds",
+        nargs="+",
+        type=int,
+        metavar="K",
+        help="a run of each arm for each (default 0; with --report-only those of plan.json)",
+    )
     add(
         "--arms",
         nargs="+",
@@ -155,11 +161,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> Measurement | None:
     check_launch(args, None)
     launch = Launch(args.num_gpus, args.num_machines, args.machine_rank, args.dist_url or "auto", tuple(args.imports))
     looks = looks_of(args)
-    seeds = args.seeds
-    if seeds is None:
-        seeds = (
-            [int(args.run[1])] if args.run and args.run[1].isdecimal() else list(range(looks.first)) if looks else [0]
-        )
+    seeds = args.seeds or default_seeds(args, looks)
     if looks:
         seeds = [*seeds, *(seed for seed in range(max(seeds) + 1 + looks.most) if seed not in seeds)][: looks.most]
     matrix = Matrix(
@@ -178,14 +180,23 @@ def run(args: argparse.Namespace, overrides: list[str]) -> Measurement | None:
         return None
     how = {"bootstrap": args.bootstrap, "question": asked(args), "against": args.against}
     if args.run:
-        if args.seeds is not None:  # the whole comparison is known
-            declare(matrix, asked(args))
+        if args.seeds:
+            declare(matrix, how["question"], against=args.against)
         return run_one(matrix, *args.run)
     if args.report_only:
         return report_gain(matrix, **how)
     if looks:
         return decide_gain(matrix, looks, jobs=args.jobs, **how)
     return measure_gain(matrix, jobs=args.jobs, wait=not args.no_wait, keep_going=args.keep_going, **how)
+
+
+def default_seeds(args: argparse.Namespace, looks: Looks | None) -> list[int]:
+    if args.run and args.run[1].isdecimal():
+        return [int(args.run[1])]
+    if looks:
+        return list(range(looks.first))
+    plan = declared(args.output) if args.report_only else None
+    return plan["seeds"] if plan else [0]
 
 
 def asked(args: argparse.Namespace) -> Question:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from sge_det.errors import user_errors
 from sge_det.files import write_file, write_json
-from sge_det.gain.simulation import Population, Tally, coverage_report, simulate
+from sge_det.gain.simulation import EFFECTS, KINDS, Population, Tally, coverage_report, simulate
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,6 +26,11 @@ def parser() -> argparse.ArgumentParser:
     add("--images", type=int, nargs="+", default=[60, 1000], metavar="N", help="validation images of an experiment")
     add("--arms", type=int, default=6, metavar="N", help="arms of the largest comparison (default: 6)")
     add("--population", type=int, default=4000, metavar="N", help="images that stand for all (default: 4000)")
+    add("--detectors", type=int, default=24, metavar="N", help="of each arm, of which seeds are taken (default: 24)")
+    add(
+        "--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=f"of {', '.join(KINDS)} (default: all)"
+    )
+    add("--effects", nargs="+", type=float, default=EFFECTS, metavar="AP", help="true differences of two arms")
     add("--samples", type=int, default=200, metavar="N", help="of the bootstrap (default: 200)")
     add("--seed", type=int, default=0, help="of all that is random")
     add("--merge", type=Path, nargs="+", metavar="FILE", help="add up the counts of these files, simulate nothing")
@@ -41,10 +46,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         for path in args.merge:
             tally.merge(Tally(**json.loads(path.read_text())))
     else:
-        population = Population(arms=args.arms, images=args.population, seed=args.seed)
+        population = Population(args.arms, args.detectors, args.population, args.seed)
         draws = -(-args.experiments // args.each)
         for images in args.images:
-            found = simulate(population, images, draws, args.each, samples=args.samples, seed=args.seed)
+            found = simulate(
+                population,
+                images,
+                draws,
+                args.each,
+                samples=args.samples,
+                seed=args.seed,
+                kinds=args.kinds,
+                effects=args.effects,
+            )
             for counts in tqdm(found, desc=f"{images} images", total=draws, unit="draw", leave=False):
                 tally.merge(counts)
     report = coverage_report(tally)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
@@ -15,10 +15,10 @@ from ..errors import UserError
 from .cost import of_arm
 from .gallery import gallery
 from .input import GroundTruth
-from .looks import Looks
+from .looks import Look, Looks
 from .matrix import Matrix
 from .measurement import Measurement, check_question, measure
-from .plan import asks_another_question, declare, departures
+from .plan import asks_another_question, declare, declared_look, departures
 from .processes import RunFailed, check_jobs
 from .report import Extras, write_numbers, write_page
 from .verdict import DECLARED, Question, still_learning
@@ -56,7 +56,7 @@ def measure_gain(
     """
     _check(matrix, question, bootstrap, against)
     check_jobs(matrix.launch, jobs, matrix.config.MODEL.DEVICE)
-    declare(matrix, question)
+    declare(matrix, question, against=against)
     done = matrix.execute(jobs, wait=wait, keep_going=keep_going)
     if done.left:
         print(f"left to other workers: {', '.join(done.left)}; --report-only reports when they have finished")
@@ -95,12 +95,12 @@ def decide_gain(
         raise UserError("verdicts stand on new images too: --until and --decide need --bootstrap")
     _check(matrix, question, bootstrap, against)
     check_jobs(matrix.launch, jobs, matrix.config.MODEL.DEVICE)
-    plan = declare(matrix, question, looks)
-    if asks_another_question(plan, question):
+    plan = declare(matrix, question, looks, against)
+    if asks_another_question(plan, question, against or matrix.arms[0].name):
         raise UserError(
             f"{matrix.output} was begun with another question ({_in_words(plan)}): give that, or name another --output"
         )
-    for count, level in looks:
+    for count, level in looks.levels(len(matrix.arms) - 1):
         seeds = matrix.seeds[:count]
         matrix.execute(jobs, runs=[run for run in matrix.runs if run.seed in seeds])
         look = Look(count, level, looks)
@@ -111,15 +111,6 @@ def decide_gain(
         if looks.answered(measurement.report):
             break
     return measurement
-
-
-@dataclass(frozen=True)
-class Look:
-    """One look at the seeds that there are so far: their number, the level of its verdicts, and the rule."""
-
-    seeds: int
-    level: float
-    looks: Looks
 
 
 def report_gain(
@@ -150,8 +141,9 @@ def report_gain(
     unfinished = [run.name for run in matrix.runs if not run.finished]
     if not seeds:
         raise UserError(f"no seed has finished in every arm, so there is nothing to report: {', '.join(unfinished)}")
+    plan = declare(matrix, question, look.looks if look else None, against)
+    look = look or declared_look(plan, seeds, len(names) - 1)
     looks = look.looks if look else None
-    plan = declare(matrix, question, looks)
     arms = {arm.name: arm for arm in matrix.arms}
     runs = [run for run in matrix.runs if run.seed in seeds]
     files = {name: [run.predictions for run in runs if run.arm == arms[name]] for name in names}
@@ -171,7 +163,8 @@ def report_gain(
     cfg = matrix.config
     report = measurement.report
     caveats = [caveat for caveat in (arm.caveat(cfg) for arm in matrix.arms) if caveat]
-    caveats += departures(plan, question, [arm.name for arm in matrix.arms], seeds, looks)
+    departed = departures(plan, question, names, seeds, looks)
+    caveats += [departure.sentence for departure in departed]
     if look is not None:
         report["look"] = {"seeds": look.seeds, "level": look.level, **asdict(look.looks)}
         caveats.append(
@@ -181,12 +174,14 @@ def report_gain(
     elif unfinished and any(seed not in seeds for seed in matrix.seeds):
         caveats.append(f"Not finished, so that their seeds are left out: {', '.join(unfinished)}.")
     caveats += still_learning(report, extras.curves)
-    if asks_another_question(plan, question):
+    if any(departure.exploratory for departure in departed):
+        caveats.append("What was done is not what was declared, so these verdicts are exploratory and none is primary.")
         for verdict in report["verdicts"]:
             verdict["primary"] = False
     report["verdict"] = "\n".join([report["verdict"], *caveats])
     report["plan"] = plan
     report["cost"] = {name: of_arm(found) for name, found in results.items()}
+    report["departures"] = [departure.sentence for departure in departed]
     extras.provenance = [
         ("config", matrix.config_file),
         *((f"arm {name}", arms[name].describe(cfg)) for name in names),
@@ -285,8 +280,8 @@ def _in_words(plan: dict) -> str:
     adding = f"; {Looks(**looks).in_words()}" if isinstance(looks, dict) else ""
     return (
         f"primary metric {plan.get('metric')}, margin {plan.get('margin')} points, "
-        f"{'paired by seed' if plan.get('paired') else 'not paired'}, arms {', '.join(plan.get('arms', []))}, seeds "
-        f"{', '.join(map(str, plan['seeds']))}{adding}"
+        f"{'paired by seed' if plan.get('paired') else 'not paired'}, arms {', '.join(plan['arms'])}, reference "
+        f"{plan.get('reference', 'the first')}, seeds {', '.join(map(str, plan['seeds']))}{adding}"
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UserError
-from .inference import sequential_levels
+from .inference import ALPHA, sequential_levels
 
 # The first look: two seeds tell next to nothing.
 FIRST_SEEDS = 3
@@ -47,19 +47,39 @@ class Looks:
         if self.most < self.first:
             raise UserError(f"--max-seeds {self.most} is less than the {self.first} of --seeds, which come first")
 
-    def __iter__(self) -> Iterator[tuple[int, float]]:
-        """(Number of seeds, level) of each look."""
+    def levels(self, comparisons: int = 1) -> Iterator[tuple[int, float]]:
+        """(Number of seeds, level) of each look.
+
+        Args:
+            comparisons: arms that are compared with the reference. Holm divides a level by their number at most, and
+                levels that are all divided by it cross more often together than by it: looks are the less alike, the
+                rarer what is looked for (1.2% in place of 1% an arm for five arms and 3 to 10 seeds). So the levels are
+                those of the smaller error rate, multiplied by what Holm divides by.
+        """
         counts = tuple(range(self.first, self.most + 1))
-        return iter(zip(counts, sequential_levels(counts), strict=True))
+        for count, level in zip(counts, sequential_levels(counts, ALPHA / comparisons), strict=True):
+            yield count, comparisons * level
 
     def answered(self, report: Mapping[str, Any]) -> bool:
-        """Whether the primary verdicts of a report, which were taken at a look's level, end the looking."""
-        primary = [verdict for verdict in report["verdicts"] if verdict["primary"]]
+        """Whether the verdicts on the declared metric, which were taken at a look's level, end the looking.
+
+        Whether they are primary is another matter: a rule that was not declared ends all the same.
+        """
+        asked = [verdict for verdict in report["verdicts"] if verdict["task"] == report["question"]["task"]]
         if self.decide:
-            return all(verdict["outcome"] != "undecided" for verdict in primary)
-        return all(verdict["high"] - verdict["low"] <= self.until for verdict in primary)
+            return all(verdict["outcome"] != "undecided" for verdict in asked)
+        return all(verdict["high"] - verdict["low"] <= self.until for verdict in asked)
 
     def in_words(self) -> str:
         """The rule, as a report tells it."""
         rule = "every verdict is decided" if self.decide else f"every interval is at most {self.until:g} AP points wide"
         return f"from {self.first} to {self.most} seeds, one at a time, until {rule}"
+
+
+@dataclass(frozen=True)
+class Look:
+    """One look at the seeds that there are so far: their number, the level of its verdicts, and the rule."""
+
+    seeds: int
+    level: float
+    looks: Looks

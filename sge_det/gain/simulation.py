@@ -41,9 +41,14 @@ _SHAPE = 2.0
 # What one standard deviation of skill does to the logarithm of a box's error; about half an AP point.
 _SKILL = 0.015
 _LEAST_SKILL, _MOST_SKILL = -5.0, 6.0
+# A detector that is less probable for a seed counts for nothing in a mean.
+_NO_SHARE = 1e-6
 _WIDTH, _HEIGHT = 640, 480
 LOOKS = tuple(range(3, 11))
+# Looks that stop at a width stop at this one, in AP points, over the root of the number of images.
+_WIDTH_OF_ONE = 110.0
 ARMS = (2, 3, 6)
+KINDS = ("two arms", "looks", "arms")
 COVERED = ("seeds", "welch", "images", "both", "both, unpaired")
 _UNPAIRED = ("welch", "both, unpaired")
 _ASTRAY = ("seeds, of new images", "images, of new seeds")
@@ -137,24 +142,54 @@ class Population:
         bounds = (self.skills[1:] + self.skills[:-1]) / 2
         return np.stack([np.searchsorted(bounds, of_arm + shift) for of_arm, shift in zip(skills, shifts)])
 
-    def draw(self, images: int, samples: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Draws images for an experiment, and again from them for the bootstrap.
-
-        Returns:
-            AP of each detector on them (arms, detectors) and for each bootstrap sample (arms, detectors, samples).
-        """
+    def draw(self, images: int, samples: int, generator: np.random.Generator) -> "Drawn":
+        """Draws images for experiments, and again from them for the bootstrap."""
         drawn, counts = np.unique(generator.integers(self.images, size=images), return_counts=True)
-        place = np.full(self.images, -1, dtype=np.int32)
-        place[drawn] = np.arange(len(drawn))
         weights = generator.multinomial(images, counts / images, samples)
-        weights = np.concatenate([counts[None], weights]).astype(np.int32)
-        ap = np.empty((len(self.matches), len(self.skills), samples + 1))
-        for arm, detectors in enumerate(self.matches):
-            for detector, matches in enumerate(detectors):
-                scorer = Scorer(_on(matches, drawn, place))
-                for start in range(0, samples + 1, scorer.rows):
-                    ap[arm, detector, start : start + scorer.rows] = _ap(scorer, weights[start : start + scorer.rows])
-        return ap[:, :, 0], ap[:, :, 1:]
+        return Drawn(self, drawn, np.concatenate([counts[None], weights]).astype(np.int32))
+
+
+class Drawn:
+    """Detectors on images that were drawn from a population; each is scored when it is first asked for.
+
+    Args:
+        drawn: (images,) which.
+        weights: (1 + samples, images) how often each was drawn, and in each bootstrap sample.
+    """
+
+    def __init__(self, population: Population, drawn: np.ndarray, weights: np.ndarray):
+        self._population, self._drawn, self._weights = population, drawn, weights
+        self._place = np.full(population.images, -1, dtype=np.int32)
+        self._place[drawn] = np.arange(len(drawn))
+        shape = population.ap.shape
+        self._ap, self._resampled = np.full(shape, np.nan), np.empty((*shape, len(weights) - 1))
+        self._is_resampled = np.zeros(shape, dtype=bool)
+
+    def ap(self, arm: int, detectors: Sequence[int]) -> np.ndarray:
+        """(n,) AP of detectors of an arm on the images."""
+        for detector in np.unique(detectors):
+            if np.isnan(self._ap[arm, detector]):
+                self._ap[arm, detector] = _ap(self._scorer(arm, detector), self._weights[:1])[0]
+        return self._ap[arm, detectors]
+
+    def resampled(self, arm: int, detectors: Sequence[int]) -> np.ndarray:
+        """(n, samples) the same for each bootstrap sample."""
+        for detector in np.unique(detectors):
+            if not self._is_resampled[arm, detector]:
+                scorer, found = self._scorer(arm, detector), self._resampled[arm, detector]
+                for start in range(0, len(found), scorer.rows):
+                    stop = start + scorer.rows
+                    found[start:stop] = _ap(scorer, self._weights[1 + start : 1 + stop])
+                self._is_resampled[arm, detector] = True
+        return self._resampled[arm, detectors]
+
+    def expected(self, arm: int, shares: np.ndarray) -> float:
+        """The mean AP on the images over all seeds, of which detectors have ``shares``."""
+        likely = np.flatnonzero(shares > _NO_SHARE)
+        return float(shares[likely] @ self.ap(arm, likely) / shares[likely].sum())
+
+    def _scorer(self, arm: int, detector: int) -> Scorer:
+        return Scorer(_on(self._population.matches[arm][detector], self._drawn, self._place))
 
 
 class _Scene:
@@ -230,7 +265,15 @@ def _cumulative(noise: str, bounds: np.ndarray) -> np.ndarray:
 
 
 def simulate(
-    population: Population, images: int, draws: int, experiments: int, *, samples: int = 200, seed: int = 0
+    population: Population,
+    images: int,
+    draws: int,
+    experiments: int,
+    *,
+    samples: int = 200,
+    seed: int = 0,
+    kinds: Sequence[str] = KINDS,
+    effects: Sequence[float] = EFFECTS,
 ) -> Iterator[Tally]:
     """Simulates experiments with two arms, and with as many as the population has.
 
@@ -239,18 +282,22 @@ def simulate(
         draws: of such sets; each yields a tally.
         experiments: on each set and of each kind.
         samples: of the bootstrap.
+        kinds: of ``KINDS``.
+        effects: true differences of two arms, in AP points.
     """
     generator = np.random.default_rng([seed, images])
     for _ in range(draws):
-        ap, resampled = population.draw(images, samples, generator)
-        study = _Study(population, images, ap, resampled, experiments, generator, Tally())
+        drawn = population.draw(images, samples, generator)
+        study = _Study(population, images, drawn, experiments, generator, Tally())
         for noise in NOISES:
-            for effect in EFFECTS:
-                for correlation in CORRELATIONS:
-                    for seeds in SEEDS:
-                        study.two_arms(noise, effect, correlation, seeds)
-                study.with_looks(noise, effect)
-            for arms in ARMS:
+            for effect in effects:
+                if "two arms" in kinds:
+                    for correlation in CORRELATIONS:
+                        for seeds in SEEDS:
+                            study.two_arms(noise, effect, correlation, seeds)
+                if "looks" in kinds:
+                    study.with_looks(noise, effect)
+            for arms in ARMS if "arms" in kinds else ():
                 if arms <= len(population.matches):
                     study.several_arms(noise, arms)
         yield study.tally
@@ -262,8 +309,7 @@ class _Study:
 
     population: Population
     images: int
-    ap: np.ndarray
-    resampled: np.ndarray
+    drawn: Drawn
     experiments: int
     generator: np.random.Generator
     tally: Tally
@@ -271,12 +317,12 @@ class _Study:
     def two_arms(self, noise: str, effect: float, correlation: float, seeds: int) -> None:
         """Coverage of each interval, for what it speaks of, and outcomes of the verdict."""
         shifts = [0.0, self.population.shift(noise, 1, effect)]
-        here = np.subtract(*(self.population.shares(noise, shifts[arm]) @ self.ap[arm] for arm in (1, 0)))
+        here = np.subtract(*(self.drawn.expected(arm, self.population.shares(noise, shifts[arm])) for arm in (1, 0)))
         chosen = self.population.seeds(noise, shifts, correlation, (self.experiments, seeds), self.generator)
         found: dict[str, list[bool]] = {}
         for a, b in zip(*chosen):
-            reference, arm = self.ap[0, a], self.ap[1, b]
-            samples = self.resampled[0, a], self.resampled[1, b]
+            reference, arm = self.drawn.ap(0, a), self.drawn.ap(1, b)
+            samples = self.drawn.resampled(0, a), self.drawn.resampled(1, b)
             both = both_interval(reference, arm, *samples, self.images)
             of_these = float(self.population.ap[1, b].mean() - self.population.ap[0, a].mean())
             over_images = image_interval(
@@ -305,18 +351,18 @@ class _Study:
         chosen = self.population.seeds(noise, shifts, 0.0, (self.experiments, LOOKS[-1]), self.generator)
         found: dict[str, list[bool]] = {}
         for a, b in zip(*chosen):
+            reference, arm = self.drawn.ap(0, a), self.drawn.ap(1, b)
+            samples = self.drawn.resampled(0, a), self.drawn.resampled(1, b)
             intervals = [
-                both_interval(
-                    self.ap[0, a[:look]],
-                    self.ap[1, b[:look]],
-                    self.resampled[0, a[:look]],
-                    self.resampled[1, b[:look]],
-                    self.images,
-                )
+                both_interval(reference[:look], arm[:look], samples[0][:look], samples[1][:look], self.images)
                 for look in LOOKS
             ]
-            for name, levels in (("with levels", sequential_levels(LOOKS)), ("without", (ALPHA,) * len(LOOKS))):
-                verdict, last, look = _decided(intervals, levels)
+            for name, levels, width in (
+                ("with levels", sequential_levels(LOOKS), 0.0),
+                ("without", (ALPHA,) * len(LOOKS), 0.0),
+                ("until a width", sequential_levels(LOOKS), _WIDTH_OF_ONE / math.sqrt(self.images)),
+            ):
+                verdict, last, look = _stopped(intervals, levels, width)
                 for which in ("gain", "loss", "no relevant difference"):
                     found.setdefault(f"{which}: {name}", []).append(verdict == which)
                 found.setdefault(f"covers: {name}", []).append(_covers(last, effect))
@@ -330,16 +376,9 @@ class _Study:
         found: dict[str, list[bool]] = {"Holm": [], "uncorrected": []}
         for experiment in range(self.experiments):
             of_arms = chosen[:, experiment]
-            intervals = [
-                both_interval(
-                    self.ap[0, of_arms[0]],
-                    self.ap[arm, of_arms[arm]],
-                    self.resampled[0, of_arms[0]],
-                    self.resampled[arm, of_arms[arm]],
-                    self.images,
-                )
-                for arm in range(1, arms)
-            ]
+            ap = [self.drawn.ap(arm, detectors) for arm, detectors in enumerate(of_arms)]
+            samples = [self.drawn.resampled(arm, detectors) for arm, detectors in enumerate(of_arms)]
+            intervals = [both_interval(ap[0], ap[arm], samples[0], samples[arm], self.images) for arm in range(1, arms)]
             corrected = [each.outcome for each in outcomes(intervals)]
             alone = [outcome(interval) for interval in intervals]
             for name, verdicts in (("Holm", corrected), ("uncorrected", alone)):
@@ -355,55 +394,31 @@ def _covers(interval: Interval | None, truth: float) -> bool:
     return interval is not None and interval.low <= truth <= interval.high
 
 
-def _decided(intervals: Sequence[Interval], levels: Sequence[float]) -> tuple[str, Interval, int]:
-    """The first answer, the interval at it with the level of its look, and the number of seeds."""
+def _stopped(
+    intervals: Sequence[Interval | None], levels: Sequence[float], width: float
+) -> tuple[str, Interval | None, int]:
+    """The verdict where looking stops, the interval with the level of its look, and the number of seeds.
+
+    Args:
+        width: at which it stops, in AP points; 0 to stop at the first answer.
+    """
     verdicts = [outcome(interval, MARGIN, level) for interval, level in zip(intervals, levels)]
-    stop = next((place for place, verdict in enumerate(verdicts) if verdict != "undecided"), len(LOOKS) - 1)
-    return verdicts[stop], intervals[stop].at(1 - levels[stop]), LOOKS[stop]
+    seen = [interval and interval.at(1 - level) for interval, level in zip(intervals, levels)]
+    if width:
+        ends = [each is not None and each.high - each.low <= width for each in seen]
+    else:
+        ends = [verdict != "undecided" for verdict in verdicts]
+    stop = next((place for place, end in enumerate(ends) if end), len(LOOKS) - 1)
+    return verdicts[stop], seen[stop], LOOKS[stop]
 
 
 def coverage_report(tally: Tally) -> str:
     """The counts of :func:`simulate` as Markdown tables, in per cent."""
     cells = sorted({name.rpartition("|")[0] for name in tally.hits}, key=_natural)
     two_arms, looks, arms = ([c for c in cells if c.split("|")[1] == kind] for kind in ("two arms", "looks", "arms"))
-    experiments = [tally.experiments[name] for name in tally.hits]
-    errors = [tally.rate(f"{cell}|covers: {name}")[1] for cell in two_arms for name in COVERED]
-    parts = [
-        f"{min(experiments)} experiments of each kind at least. The standard error of a coverage is "
-        f"{100 * np.median(errors):.1f}, at most {100 * max(errors):.1f}; experiments on the same draw of images are "
-        "alike, which it knows. A range is over effects and correlations of the arms over seeds, where they are not "
-        "named.",
-        "## How often a 95% interval holds the truth",
-        _table(
-            ("images", "seeds", "noise", *COVERED, "welch at -0.5", *_ASTRAY),
-            [_coverage_row(tally, row, of) for row, of in _grouped(two_arms, (0, 5, 2))],
-        ),
-        "`seeds` and `welch` are held against the mean over new seeds on the same images, `images` against the same "
-        "detectors on all images, `both` against new seeds on all images; the unpaired ones where the arms do not "
-        "correlate. The last three columns take an interval for what it does not speak of.",
-        "## How often a verdict is false, one arm against a reference",
-        _table(
-            (
-                *("images", "seeds", "noise"),
-                *("0: gain or loss, paired", "0: unpaired", "0.5 or 1: loss", "0.5 or 1: no relevant difference"),
-                *("0.5: gain", "1: gain"),
-            ),
-            [
-                [
-                    *row,
-                    _range(tally, _having(of, 3, "0.0"), ["gain: paired", "loss: paired"]),
-                    _range(tally, _having(_having(of, 3, "0.0"), 4, "0.0"), ["gain: unpaired", "loss: unpaired"]),
-                    *(
-                        _range(tally, _having(of, 3, "0.5", "1.0"), [f"{which}: paired"])
-                        for which in ("loss", "no relevant difference")
-                    ),
-                    *(_range(tally, _having(of, 3, effect), ["gain: paired"]) for effect in ("0.5", "1.0")),
-                ]
-                for row, of in _grouped(two_arms, (0, 5, 2))
-            ],
-        ),
-        f"By the true difference in AP points; margin {MARGIN:g}. The last two columns are right, not false.",
-    ]
+    parts = []
+    if two_arms:
+        parts += _two_arms_tables(tally, two_arms)
     if looks:
         found = (
             ("false", "with levels"),
@@ -411,6 +426,9 @@ def coverage_report(tally: Tally) -> str:
             ("covers", "with levels"),
             ("covers", "without"),
             (f"before {LOOKS[-1]} seeds", "with levels"),
+            ("false", "until a width"),
+            ("covers", "until a width"),
+            (f"before {LOOKS[-1]} seeds", "until a width"),
         )
         rows = [
             [*row, *(_range(tally, of, _looked(of[0], what, how)) for what, how in found)]
@@ -426,6 +444,46 @@ def coverage_report(tally: Tally) -> str:
         header = ("images", "arms", "noise", "any false gain or loss, Holm", "uncorrected")
         parts += ["## Arms of equal AP, five seeds", _table(header, rows)]
     return "\n\n".join(parts)
+
+
+def _two_arms_tables(tally: Tally, cells: Sequence[str]) -> list[str]:
+    experiments = [tally.experiments[name] for name in tally.hits]
+    errors = [tally.rate(f"{cell}|covers: {name}")[1] for cell in cells for name in COVERED]
+    return [
+        f"{min(experiments)} experiments of each kind at least. The standard error of a coverage is "
+        f"{100 * np.median(errors):.1f}, at most {100 * max(errors):.1f}; experiments on the same draw of images are "
+        "alike, which it knows. A range is over effects and correlations of the arms over seeds, where they are not "
+        "named.",
+        "## How often a 95% interval holds the truth",
+        _table(
+            ("images", "seeds", "noise", *COVERED, "welch at -0.5", *_ASTRAY),
+            [_coverage_row(tally, row, of) for row, of in _grouped(cells, (0, 5, 2))],
+        ),
+        "`seeds` and `welch` are held against the mean over new seeds on the same images, `images` against the same "
+        "detectors on all images, `both` against new seeds on all images; the unpaired ones where the arms do not "
+        "correlate. The last three columns take an interval for what it does not speak of.",
+        "## How often a verdict is false, one arm against a reference",
+        _table(
+            (
+                *("images", "seeds", "noise"),
+                *("0: gain or loss, paired", "0: unpaired", "0.5 or 1: loss", "0.5 or 1: no relevant difference"),
+                *("0.5: gain", "1: gain"),
+            ),
+            [_verdict_row(tally, row, of) for row, of in _grouped(cells, (0, 5, 2))],
+        ),
+        f"By the true difference in AP points; margin {MARGIN:g}. The last two columns are right, not false.",
+    ]
+
+
+def _verdict_row(tally: Tally, row: Sequence[str], cells: Sequence[str]) -> list[str]:
+    equal, differ = _having(cells, 3, "0.0"), _having(cells, 3, "0.5", "1.0")
+    return [
+        *row,
+        _range(tally, equal, ["gain: paired", "loss: paired"]),
+        _range(tally, _having(equal, 4, "0.0"), ["gain: unpaired", "loss: unpaired"]),
+        *(_range(tally, differ, [f"{which}: paired"]) for which in ("loss", "no relevant difference")),
+        *(_range(tally, _having(cells, 3, effect), ["gain: paired"]) for effect in ("0.5", "1.0")),
+    ]
 
 
 def _coverage_row(tally: Tally, row: Sequence[str], cells: Sequence[str]) -> list[str]:
@@ -463,7 +521,9 @@ def _looked(cell: str, what: str, how: str) -> list[str]:
 
 
 def _range(tally: Tally, cells: Sequence[str], names: Sequence[str]) -> str:
-    """The least and the greatest share of any of ``names`` among cells."""
+    """The least and the greatest share of any of ``names`` among cells; empty without any."""
+    if not cells:
+        return ""
     shares = [100 * sum(tally.rate(f"{cell}|{name}")[0] for name in names) for cell in cells]
     low, high = f"{min(shares):.1f}", f"{max(shares):.1f}"
     return low if low == high else f"{low} to {high}"

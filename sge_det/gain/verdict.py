@@ -122,7 +122,7 @@ def judge(
         evidence = {name: replace(each, both=each.both and each.both.at(1 - level)) for name, each in evidence.items()}
     corrected = outcomes([each.both for each in evidence.values()], question.margin, level)
     for (name, each), outcome in zip(evidence.items(), corrected):
-        seen = _power(each, question, len(evidence)) if primary else None
+        seen = _power(each, question, level / len(evidence)) if primary else None
         sentence = f"{name} - {reference} = {each.mean:+.2f} {TASK_NAMES[task]} {metric}"
         if math.isnan(each.mean):
             sentence = f"{name} against {reference}: {TASK_NAMES[task]} {metric} is absent, the ground truth has none."
@@ -191,11 +191,11 @@ def _what_it_shows(
     return text
 
 
-def _power(each: Evidence, question: Question, arms: int) -> Power | None:
+def _power(each: Evidence, question: Question, alpha: float) -> Power | None:
     if each.both is None or not question.difference:
         return None
     design = measured_design(each.reference, each.arm, each.both, each.images, paired=question.paired)
-    count, alpha = len(each.arm), ALPHA / arms
+    count = len(each.arm)
     needed = seeds_needed(design, question.difference, alpha=alpha, most=_MOST_SEEDS)
     probability = power(design, question.difference, count, alpha)
     return Power(question.difference, probability, None if needed is None else max(needed - count, 0))

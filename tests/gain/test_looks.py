@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import filelock
 import numpy as np
@@ -12,8 +13,10 @@ from scipy.stats import ttest_1samp
 from sge_det import UserError
 from sge_det.engine.fingerprint import FINGERPRINT_FILE
 from sge_det.gain import Looks, Matrix, Question, RunFailed, decide_gain, measure_gain, report_gain
+from sge_det.gain import api as api_module
 from sge_det.gain import matrix as matrix_module
 from sge_det.gain.inference import sequential_levels
+from sge_det.gain.plan import declare, departures
 
 CONFIG = "sample/faster_rcnn_SGE_R_50_FPN.yaml"
 
@@ -60,6 +63,9 @@ def make(sample_datasets, tmp_path, monkeypatch):
     """Makes a matrix whose runs are faked, in the same folder each time."""
     monkeypatch.setattr(matrix_module, "RunProcess", Fake)
     monkeypatch.setattr(matrix_module, "_POLL_SECONDS", 0.0)
+    # pictures are test_report's
+    monkeypatch.setattr(api_module, "write_page", lambda *anything: None)
+    monkeypatch.setattr(api_module, "gallery", lambda *anything: [])
     monkeypatch.setattr(Fake, "fails", set())
     monkeypatch.setattr(Fake, "shift", {"plain": 0.1, "sge": 0.1})
     monkeypatch.setattr(Fake, "truth", sample_datasets[1][1], raising=False)
@@ -111,20 +117,132 @@ def test_a_width_ends_it_too_and_the_same_call_again_trains_nothing(make, monkey
     assert decide_gain(make(range(6)), looks, bootstrap=200).report["verdicts"] == first["verdicts"]
 
 
-def test_another_rule_or_question_than_was_declared_is_told(make):
+def test_another_question_than_was_declared_is_told(make):
     decide_gain(make(range(4)), Looks(first=3, most=4, until=100.0), bootstrap=200)
     with pytest.raises(UserError, match="begun with another question"):
         decide_gain(make(range(4)), Looks(first=3, most=4, until=100.0), bootstrap=200, question=Question("AP50"))
     report = measure_gain(make(range(3)), bootstrap=200, question=Question("AP50")).report
-    assert "The rule by which seeds are added is not the one that was declared" in report["verdict"]
     assert "The metric was declared as AP before the first run and is AP50 here" in report["verdict"]
     assert [verdict["primary"] for verdict in report["verdicts"]] == [False] * len(report["verdicts"])
 
 
-def test_seeds_added_by_hand_are_told(make):
-    measure_gain(make([0, 1]), bootstrap=200)
-    report = measure_gain(make([0, 1, 2]), bootstrap=200).report
-    assert "The seeds 2 were added to those that were declared, 0, 1" in report["verdict"]
+def test_arms_are_corrected_together_at_all_looks():
+    """Against a simulation of its own: five arms that equal their reference, held against a fifth of the levels."""
+    arms, rng = 5, np.random.default_rng(2)
+    reference = rng.standard_normal((20_000, 8))
+    crossed, one = np.zeros(len(reference), bool), []
+    for _ in range(arms):
+        apart, own = rng.standard_normal(reference.shape) - reference, np.zeros(len(reference), bool)
+        for seeds, level in Looks(3, 8, decide=True).levels(arms):
+            own |= ttest_1samp(apart[:, :seeds], 0, axis=1).pvalue <= level / arms
+        crossed |= own
+        one.append(own.mean())
+    assert np.mean(one) == pytest.approx(0.05 / arms, abs=0.001)
+    assert crossed.mean() <= 0.052
+
+
+def primary(report):
+    return [verdict["primary"] for verdict in report["verdicts"] if verdict["task"] == "bbox"]
+
+
+@pytest.mark.parametrize(
+    ("declared", "done", "sentence", "still_primary"),
+    [
+        ({}, {}, None, True),
+        ({}, {"seeds": [0, 1, 2]}, "The seeds 2 were added to those that were declared, 0, 1:", False),
+        ({}, {"seeds": [1]}, "The seeds 0 were declared and are left out here.", False),
+        ({}, {"question": Question("AP50")}, "The metric was declared as AP before the first run and is AP50", False),
+        ({}, {"question": Question(margin=0.1)}, "The margin was declared as 0.5 before the first run", False),
+        ({}, {"question": Question(paired=False)}, "The paired was declared as True before the first run", False),
+        ({}, {"question": Question(difference=3.0)}, None, True),
+        ({}, {"against": "sge"}, "The reference was declared as plain before the first run and is sge here.", False),
+        ({"against": "sge"}, {"against": "sge"}, None, True),
+        ({"arms": ["plain", "sge", "sge-fixed"]}, {}, "The arms sge-fixed were declared and are left out", False),
+        ({}, {"arms": ["plain", "sge", "sge-fixed"]}, "The arms sge-fixed were added to those", True),
+    ],
+)
+def test_what_departs_from_the_plan_is_told_and_not_primary(tmp_path, declared, done, sentence, still_primary):
+    def asked(arms=("plain", "sge"), seeds=(0, 1), question=None, against=None):
+        return arms, seeds, question or Question(), against
+
+    arms, seeds, question, against = asked(**declared)
+    matrix = SimpleNamespace(
+        output=tmp_path, arms=[SimpleNamespace(name=name) for name in arms], seeds=list(seeds), runs=[]
+    )
+    declare(matrix, question, against=against)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    arms, seeds, question, against = asked(**done)
+    arms = [against or arms[0], *(name for name in arms if name != (against or arms[0]))]
+    found = departures(plan | {"looks": None}, question, arms, seeds)
+    assert [each.sentence.startswith(sentence) for each in found] == [True] * (sentence is not None)
+    assert any(each.exploratory for each in found) is not still_primary
+
+
+def test_departures_reach_the_report(make):
+    measure_gain(make([0, 1]), bootstrap=0)
+    report = measure_gain(make([0, 1, 2]), bootstrap=0, against="sge").report
+    assert len(report["departures"]) == 2
+    assert all(sentence in report["verdict"] for sentence in report["departures"])
+    assert "these verdicts are exploratory and none is primary" in report["verdict"]
+    assert not any(primary(report))
+
+
+def test_a_plan_that_comes_after_runs_says_so(make):
+    matrix = make([0, 1])
+    matrix.execute(runs=[matrix.run_of("plain", 0)])
+    report = measure_gain(make([0, 1]), bootstrap=0).report
+    assert report["departures"] == ["The plan was written when there were runs already: plain/seed0."]
+
+
+def test_a_report_before_the_end_is_exploratory(make):
+    matrix = make([0, 1, 2])
+    declare(matrix, Question())
+    matrix.execute(runs=[run for run in matrix.runs if run.seed < 2])
+    early = report_gain(make([0, 1, 2]), bootstrap=0).report
+    assert not any(primary(early))
+    assert early["departures"] == ["The seeds 2 were declared and are left out here."]
+    assert all(primary(measure_gain(make([0, 1, 2]), bootstrap=0).report))
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", '{"seeds": []}', '{"seeds": [0], "looks": {"when": 3}}', '{"seeds": [0], "arms": 1}', "{"]
+)
+def test_a_plan_that_is_none_is_refused(make, text):
+    matrix = make([0])
+    matrix.output.mkdir(exist_ok=True)
+    (matrix.output / "plan.json").write_text(text)
+    with pytest.raises(UserError, match=r"plan.json cannot be read"):
+        measure_gain(matrix, bootstrap=0)
+
+
+def test_a_rule_that_was_not_declared_still_ends_by_its_answer(make):
+    """None of its verdicts is primary, which is no answer."""
+    measure_gain(make([0, 1, 2]), bootstrap=0)
+    looks = Looks(first=3, most=4, decide=True)
+    report = decide_gain(make(range(4)), looks, bootstrap=200, question=Question(margin=0.5)).report
+    assert report["seeds"] == [0, 1, 2, 3]
+    assert report["verdicts"][0]["outcome"] == "undecided"
+    assert not any(primary(report))
+
+
+def test_after_the_answer_a_report_has_the_level_of_its_look_and_more_seeds_are_told(make):
+    first = decide_gain(make(range(4)), Looks(first=3, most=4, until=100.0), bootstrap=200).report
+    again = report_gain(make(range(4)), bootstrap=200).report
+    assert (again["look"], again["departures"]) == (first["look"], [])
+    assert again["verdicts"] == first["verdicts"]
+    # within the rule: its last look
+    report = measure_gain(make(range(4)), bootstrap=200).report
+    assert (report["look"]["seeds"], report["departures"]) == (4, [])
+    assert report["look"]["level"] == sequential_levels((3, 4))[1]
+    # beyond it
+    report = measure_gain(make(range(5)), bootstrap=200).report
+    assert "look" not in report
+    assert [sentence.split(" by")[0] for sentence in report["departures"]] == [
+        "The rule",
+        "The seeds 4 were added to those that were declared, 0, 1, 2, 3: where that was done because of what these "
+        "showed, false claims are more frequent than 5%.",
+    ]
+    assert not any(primary(report))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +266,7 @@ def test_all_looks_together_keep_their_level():
     rng = np.random.default_rng(1)
     draws = rng.standard_normal((40_000, 8))
     crossed = np.zeros(len(draws), bool)
-    for seeds, level in Looks(3, 8, decide=True):
+    for seeds, level in Looks(3, 8, decide=True).levels():
         crossed |= ttest_1samp(draws[:, :seeds], 0, axis=1).pvalue <= level
     assert crossed.mean() == pytest.approx(0.05, abs=0.004)
 

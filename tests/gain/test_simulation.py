@@ -38,7 +38,9 @@ def test_better_skill_is_better_ap(population):
 
 def test_draws_scatter_around_the_truth(population):
     generator = np.random.default_rng(3)
-    ap, resampled = population.draw(400, 100, generator)
+    drawn, all_of_them = population.draw(400, 100, generator), np.arange(10)
+    ap = np.stack([drawn.ap(arm, all_of_them) for arm in range(3)])
+    resampled = np.stack([drawn.resampled(arm, all_of_them) for arm in range(3)])
     assert resampled.shape == (3, 10, 100)
     # as many images as the population has, with a standard error of some points each
     assert np.abs(ap - population.ap).mean() < 5
