@@ -158,6 +158,20 @@ def _make_folder(folder: Path) -> None:
     sync_folder(folder.parent)
 
 
+def check_folder(path: str | Path, option: str) -> None:
+    """Checks that there is a folder, or that one can be made, before any work.
+
+    Args:
+        option: of the command line that names it.
+
+    Raises:
+        UserError: a file is in its place, or in that of a folder that it would lie in.
+    """
+    taken = next((part for part in (Path(path), *Path(path).parents) if part.exists()), None)
+    if taken is not None and not taken.is_dir():
+        raise UserError(f"{option} {path}: {taken} is a file; name a folder")
+
+
 def sync_folder(folder: Path) -> None:
     """Waits until the names in a folder are on the disk.
 

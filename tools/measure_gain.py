@@ -175,14 +175,14 @@ def run(args: argparse.Namespace, overrides: list[str]) -> Measurement | None:
         launch=launch,
         report_only=args.report_only,
     )
+    how = {"bootstrap": args.bootstrap, "question": asked(args), "against": args.against}
+    if args.run:
+        if args.seeds and launch.is_main:
+            declare(matrix, how["question"], against=args.against)
+        return run_one(matrix, *args.run)
     if not launch.is_main:
         matrix.execute(args.jobs)
         return None
-    how = {"bootstrap": args.bootstrap, "question": asked(args), "against": args.against}
-    if args.run:
-        if args.seeds:
-            declare(matrix, how["question"], against=args.against)
-        return run_one(matrix, *args.run)
     if args.report_only:
         return report_gain(matrix, **how)
     if looks:
@@ -216,6 +216,8 @@ def looks_of(args: argparse.Namespace) -> Looks | None:
         return None
     if given := [option for option, value in alone.items() if value]:
         raise UserError(f"--until and --decide train whatever is needed: leave out {', '.join(given)}")
+    if args.num_machines > 1:
+        raise UserError("--until and --decide go with one machine a run: the others do not see the answers")
     if args.decide is not None and not args.decide > 0:
         raise UserError(f"--decide {args.decide} must be a difference in AP points above 0")
     looks = Looks(

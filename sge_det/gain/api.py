@@ -12,6 +12,7 @@ import torch
 
 from .. import __version__
 from ..errors import UserError
+from ..files import check_folder
 from .cost import of_arm
 from .gallery import gallery
 from .input import GroundTruth
@@ -232,9 +233,7 @@ def compare_results(
         raise UserError("a comparison needs at least two arms: give --arm-results twice, the reference first")
     arms = {name: arms[name] for name in _reference_first(list(arms), against)}
     output = Path(output)
-    taken = next((path for path in (output, *output.parents) if path.exists()), output)
-    if taken.exists() and not taken.is_dir():
-        raise UserError(f"--output {output}: {taken} is a file; name a folder")
+    check_folder(output, "--output")
     if image_root is not None and not Path(image_root).is_dir():
         raise UserError(f"--images {image_root}: there is no such folder")
     check_question(question, bootstrap)

@@ -18,7 +18,7 @@ from ..engine.fingerprint import FINGERPRINT_FILE, Contents, fingerprint
 from ..engine.stopping import asked, waiting
 from ..engine.training import setup_config
 from ..errors import Stopped, UserError
-from ..files import cannot_write, write_json
+from ..files import cannot_write, check_folder, write_json
 from .arms import choose_arms, examine_arms
 from .processes import Launch, RunFailed, RunProcess
 from .run import START_FILE, Run
@@ -76,6 +76,7 @@ class Matrix:
         report_only: bool = False,
     ):
         launch = launch or Launch()
+        check_folder(output, "--output")
         import_modules(list(launch.imports))
         self.output = Path(output)
         self.overrides = list(overrides)

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, TINY
 
 from sge_det import UserError
-from sge_det.gain import Launch, Matrix, Run, RunFailed
+from sge_det.gain import Launch, Matrix, Run, RunFailed, processes
 from sge_det.gain.worker import parser as run_parser
 
 CONFIG = "sample/faster_rcnn_SGE_R_50_FPN.yaml"
@@ -211,6 +211,35 @@ def test_bad_commands(tmp_path, sample_datasets, overrides, options, words):
     with pytest.raises(UserError, match=words):
         matrix(tmp_path / "out", sample_datasets, *overrides, **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_a_file_is_told_first(sample_datasets, tmp_path):
+    taken = tmp_path / "results.txt"
+    taken.write_text("mine")
+    for output in (taken, taken / "gain"):
+        with pytest.raises(UserError, match=r"--output .*results.txt is a file; name a folder"):
+            Matrix("no/such/config.yaml", output, datasets=sample_datasets)
+    assert taken.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "jobs", "each", "device", "least"),
+    [
+        (1, 2, 1, "cuda", 1),
+        (4, 3, 2, "cuda:0", 2),
+        (4, 2, 2, "cuda", None),
+        (1, 2, 1, "cpu", None),
+        (0, 8, 1, "cuda", None),
+    ],
+)
+def test_more_jobs_than_gpus_are_refused(monkeypatch, gpus, jobs, each, device, least):
+    """They would all share the first ones."""
+    monkeypatch.setattr(processes.torch.cuda, "device_count", lambda: gpus)
+    if least is None:
+        processes.check_jobs(processes.Launch(num_gpus=each), jobs, device)
+    else:
+        with pytest.raises(UserError, match=f"need {jobs * each}, but there are {gpus}: give --jobs {least}$"):
+            processes.check_jobs(processes.Launch(num_gpus=each), jobs, device)
 
 
 def test_mistakes_in_an_arm_are_told_before_anything_is_trained(sample_datasets, tmp_path, caplog):

@@ -225,6 +225,21 @@ def test_arms_that_detect_nothing_are_told(truth_file, tmp_path):
     assert "has detections for 1 of the 12 images" in report["verdict"]
 
 
+def test_an_annotation_of_id_0_is_told_and_counts(truth_file, tmp_path):
+    """pycocotools takes a match to it for none: one of the twelve cups would be missed."""
+    content = json.loads(truth_file.read_text())
+    for entry in content["annotations"]:
+        entry["id"] -= 1
+    zero = tmp_path / "zero.json"
+    zero.write_text(json.dumps(content))
+    files = {"plain": [detections(tmp_path / "p.json", 3)], "sge": [detections(tmp_path / "s.json", 6)]}
+    report, usual = (measure(GroundTruth(path), files, bootstrap=0).report for path in (zero, truth_file))
+    note = "An annotation has the id 0: pycocotools counts a match to it as none, here it is one."
+    assert (note in report["notes"], note in report["verdict"], note in usual["verdict"]) == (True, True, False)
+    for arm, found in report["arms"].items():
+        assert found["bbox"]["AP"]["values"] == usual["arms"][arm]["bbox"]["AP"]["values"]
+
+
 def test_few_samples_of_the_images_are_refused(truth_file, tmp_path):
     for samples in (-1, 1, 199):
         with pytest.raises(UserError, match=f"--bootstrap {samples} is too few"):

@@ -122,6 +122,7 @@ def test_the_tool_plans(call_tool, pilot):
         ("--sd 1 --output x", "--sd goes with --plan"),
         ("--config-file x", "give the folder of the runs and the report with --output"),
         ("--output x --config-file y --until 1 --report-only", "leave out --report-only"),
+        ("--output x --config-file y --until 1 --num-machines 2 --dist-url tcp://h:1", "one machine a run"),
         ("--output x --config-file y --decide 0", "--decide 0.0 must be a difference"),
         ("--output x --config-file y --max-seeds 5", "--max-seeds goes with --until or --decide"),
         ("--output x --config-file y --report-only --no-wait", "--report-only goes without --no-wait"),
