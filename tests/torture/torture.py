@@ -32,6 +32,7 @@ import importlib
 import io
 import json
 import os
+import random
 import re
 import runpy
 import shutil
@@ -42,7 +43,7 @@ import threading
 import time
 import traceback
 from collections import Counter as Tally
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -472,12 +473,16 @@ def prepare(folder: Path) -> Path:
     return data
 
 
-def points(counts: dict[str, int], kinds: list[str], every: int) -> Iterator[tuple[str, str, int]]:
-    """All of them; or of each program and kind each so many-th, of each kind others."""
-    for name, count in counts.items():
-        for place, kind in enumerate(kinds):
-            for at in range(1 + place * every // len(kinds), count + 1, every):
-                yield name, kind, at
+def points(counts: dict[str, int], kinds: list[str], every: int) -> list[tuple[str, str, int]]:
+    """All of them; or of each program and kind each so many-th, of each kind others. Shuffled: a part is a sample."""
+    chosen = [
+        (name, kind, at)
+        for name, count in counts.items()
+        for place, kind in enumerate(kinds)
+        for at in range(1 + place * every // len(kinds), count + 1, every)
+    ]
+    random.Random(0).shuffle(chosen)
+    return chosen
 
 
 def work(number: int, jobs: int, args: argparse.Namespace, folder: Path, data: Path) -> None:
