@@ -23,6 +23,8 @@ from sge_det.files import write_json
 sys.path.insert(0, str(Path(__file__).parent))
 from faulty_files import Faults
 
+_faults = None
+
 
 @pytest.fixture
 def disk(tmp_path):
@@ -41,7 +43,7 @@ def filled(folder):
     """Within, there is no room left."""
     ballast = folder / "ballast"
     if not os.path.ismount(folder):
-        Faults(folder, kind="ENOSPC", at=1).install()
+        _faults.at = _faults.counter.value + 1
         yield
         return
     with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
@@ -51,12 +53,16 @@ def filled(folder):
     ballast.unlink()
 
 
-def in_child(function, *arguments):
+def in_child(function, folder):
     """In a process of its own, whose file functions may be spoiled; its exit code."""
+    global _faults
     pid = os.fork()
     if not pid:
         try:
-            function(*arguments)
+            if not os.path.ismount(folder):
+                _faults = Faults(folder, kind="ENOSPC")
+                _faults.install()
+            function(folder)
             os._exit(0)
         except BaseException:
             traceback.print_exc()
