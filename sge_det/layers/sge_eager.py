@@ -28,13 +28,20 @@ def forward(
         inplace: the result takes the place of ``x``.
 
     Returns:
-        the result; and for :func:`backward`, for each of the N * G rows in the dtype of the computation: g of eq. 1
-        (rows, C / G, 1); scale, the scaled std of eq. 3 and the denominator, gamma and beta (rows, 1, 1).
+        the result; and for :func:`backward`, in the dtype of the computation: g of eq. 1 (rows, C / G, 1); scale, the
+        scaled std of eq. 3 and the denominator, gamma and beta (rows, 1, 1); rows are N * G, or where all is one block
+        (N, G), or (1, G) for gamma and beta.
     """
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     out = x if inplace else torch.empty_like(x)
-    gamma, beta = (p.to(compute).expand(x.shape[0], -1, -1, -1).reshape(-1, 1, 1) for p in (weight, bias))
-    parts = _blocks(weight.numel(), x, shortcut, out, gamma, beta)
+    gamma, beta = weight.to(compute), bias.to(compute)
+    groups = weight.shape[1]
+    if _is_one_block(groups, x):
+        shape = _in_groups(groups, x)
+        views = [None if tensor is None else tensor.view(shape) for tensor in (x, shortcut, out)]
+        return out, (*_block_forward(*views, gamma, beta, eps), gamma, beta)
+    gamma, beta = (p.expand(x.shape[0], -1, -1, -1).reshape(-1, 1, 1) for p in (gamma, beta))
+    parts = _blocks(groups, x, shortcut, out, gamma, beta)
     return out, (*_joined([_block_forward(*block, eps) for block in parts]), gamma, beta)
 
 
@@ -61,8 +68,13 @@ def backward(
         the gradients of x and of the shortcut, or None; those of weight and bias in the dtype of the computation.
     """
     grad_x, grad_shortcut = (torch.empty_like(x) if need else None for need in needs)
-    parts = _blocks(weight.numel(), x, grad, out, grad_x, grad_shortcut, *kept)
-    sums = _joined([_block_backward(*block) for block in parts])
+    tensors = (x, grad, out, grad_x, grad_shortcut)
+    if _is_one_block(weight.numel(), x):
+        shape = _in_groups(weight.numel(), x)
+        sums = _block_backward(*(None if tensor is None else tensor.view(shape) for tensor in tensors), *kept)
+    else:
+        parts = _blocks(weight.numel(), *tensors, *kept)
+        sums = _joined([_block_backward(*block) for block in parts])
     return grad_x, grad_shortcut, *(rows.view(-1, *weight.shape[1:]).sum(0, keepdim=True) for rows in sums)
 
 
@@ -70,10 +82,10 @@ def _block_forward(
     x: Tensor, shortcut: Tensor | None, out: Tensor, gamma: Tensor, beta: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = x.to(gamma.dtype)
-    g = wide.mean(2, keepdim=True)
-    scale = torch.linalg.vector_norm(g, float("inf"), 1, keepdim=True).clamp_(min=1).reciprocal_()
+    g = wide.mean(-1, keepdim=True)
+    scale = g.abs().amax(-2, keepdim=True).clamp_(min=1).reciprocal_()
     gate = _centred_similarity(wide, g, scale)
-    std = torch.linalg.vector_norm(gate, dim=2, keepdim=True).div_(max(x.shape[2] - 1, 1) ** 0.5)
+    std = torch.linalg.vector_norm(gate, dim=-1, keepdim=True).mul_(max(x.shape[-1] - 1, 1) ** -0.5)
     denominator = (scale * scale).mul_(eps).add_(std).clamp_(min=torch.finfo(std.dtype).tiny)
     # Two passes over the map cost less than an addcmul, which is not vectorised where an operand is one number a row.
     gate = gate.mul_(gamma / denominator).add_(beta).sigmoid_().to(x.dtype)
@@ -102,24 +114,24 @@ def _block_backward(
         grad_shortcut = torch.empty_like(grad) if grad_shortcut is None else grad_shortcut
         grad = torch.ops.aten.threshold_backward.grad_input(grad, out, 0, grad_input=grad_shortcut)
     wide, grad = x.to(g.dtype), grad.to(g.dtype)
-    positions = x.shape[2]
+    positions = x.shape[-1]
     u = _centred_similarity(wide, g, scale)
     slope = gamma / denominator
     gate = (u * slope).add_(beta).sigmoid_()
     product = grad_x if grad_x is not None and grad_x.dtype == g.dtype else torch.empty_like(wide)
     # As a product with a vector, the sum over a few channels is faster than ``sum``. The gradients of a and of u are
     # held multiplied by ``scale``, so that their products with x do not overflow.
-    grad_a = torch.bmm(scale.expand(g.mT.shape), torch.mul(grad, wide, out=product), out=torch.empty_like(u))
+    grad_a = _product(scale.expand(g.mT.shape), torch.mul(grad, wide, out=product))
     grad_a = torch.ops.aten.sigmoid_backward.grad_input(grad_a, gate, grad_input=grad_a)
-    grad_beta = grad_a.sum(2, keepdim=True)
-    grad_gamma = (grad_a * u).sum(2, keepdim=True).div_(denominator)
+    grad_beta = grad_a.sum(-1, keepdim=True)
+    grad_gamma = (grad_a * u).sum(-1, keepdim=True).div_(denominator)
     if grad_x is not None:
         # Where all similarities are equal, u and the gradient of the std are 0: keep 0 / 0 out of it.
         through_std = grad_gamma / std.clamp(min=torch.finfo(std.dtype).tiny)
         grad_u = grad_a.sub_(grad_beta / positions).sub_(u.mul_(through_std.div_(max(positions - 1, 1))))
         slope = slope.mul_(scale)
         # What remains of the chain, the factor ``slope``, is cheaper on g than on the map.
-        grad_g = torch.bmm(grad_u, wide.mT, out=torch.empty_like(g.mT)).mT
+        grad_g = _product(grad_u, wide.mT).mT
         torch.addcmul(grad_g * (slope / positions), grad, gate, out=product).addcmul_(g * slope, grad_u)
         if product is not grad_x:
             grad_x.copy_(product)
@@ -130,19 +142,48 @@ def _centred_similarity(x: Tensor, g: Tensor, scale: Tensor) -> Tensor:
     """s - mean(s) of eq. 2, multiplied by the square of ``scale``.
 
     Args:
-        x: rows (rows, C / G, H * W).
-        g: (rows, C / G, 1).
-        scale: (rows, 1, 1).
+        x: (rows, C / G, H * W) or (N, G, C / G, H * W).
+        g: (..., C / G, 1).
+        scale: (..., 1, 1).
 
     Returns:
-        (rows, 1, H * W).
+        (..., 1, H * W).
     """
-    u = x.new_empty(x.shape[0], 1, x.shape[2])
-    if x.shape[2] == 1:  # the two products differ by rounding
-        return u.zero_()
+    if x.shape[-1] == 1:  # the two products differ by rounding
+        return torch.zeros_like(scale)
     scaled = (g * scale).mul_(scale)  # the square by itself may vanish
-    # A product with an ``out`` is one that autocast does not take to half precision.
-    return torch.bmm(scaled.mT, x, out=u).sub_(scaled.mul_(g).sum(1, keepdim=True))
+    return _product(scaled.mT, x).sub_(scaled.mul_(g).sum(-2, keepdim=True))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """The product of matrices (..., I, J) and (..., J, K)."""
+    # With an ``out`` it is one that autocast does not take to half precision.
+    out = b.new_empty(*b.shape[:-2], a.shape[-2], b.shape[-1])
+    if b.dim() == 3:
+        return torch.bmm(a, b, out=out)
+    torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=out.flatten(0, 1))
+    return out
+
+
+def _is_one_block(groups: int, x: Tensor) -> bool:
+    """Whether all rows of ``x`` (N, C, H, W) are one block, which is worked through without cutting anything."""
+    return x.is_contiguous() and _rows_in_block(groups, x, x.shape[0] * groups) >= x.shape[0] * groups
+
+
+def _in_groups(groups: int, x: Tensor) -> tuple[int, int, int, int]:
+    samples, channels, height, width = x.shape
+    return samples, groups, channels // groups, height * width
+
+
+def _rows_in_block(groups: int, x: Tensor, rows: int) -> int:
+    """How many of ``rows`` rows of ``x`` (N, C, H, W) make a block."""
+    size = x.numel() * x.element_size()
+    if x.device.type != "cpu" or size <= _SMALL_BYTES:
+        return rows
+    channels = x.shape[1] // groups
+    fitting = _BLOCK_BYTES // max(x.element_size() * channels * x.shape[2] * x.shape[3], 1)
+    # A block's gate map, 1 / channels of it, should stay below a tenth of the activation.
+    return max(min(fitting, rows * channels // 12), 1)
 
 
 def _blocks(groups: int, *tensors: Tensor | None) -> list[tuple[Tensor | None, ...]]:
@@ -162,11 +203,7 @@ def _blocks(groups: int, *tensors: Tensor | None) -> list[tuple[Tensor | None, .
     contiguous = x.is_contiguous()
     rows = samples * groups if contiguous else groups
     shape = (rows, channels // groups, height * width)
-    step = rows
-    if x.device.type == "cpu" and x.numel() * x.element_size() > _SMALL_BYTES:
-        fitting = _BLOCK_BYTES // max(x.element_size() * shape[1] * shape[2], 1)
-        # A block's gate map, 1 / shape[1] of it, should stay below a tenth of the activation.
-        step = max(min(fitting, rows * shape[1] // 12), 1)
+    step = _rows_in_block(groups, x, rows)
 
     def cut(tensor: Tensor | None):
         if tensor is None:
