@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..evaluation.bootstrap import bootstrap_metrics, image_weights
-from ..evaluation.coco import coco_metrics, evaluate_detections, metric_names
+from ..evaluation.coco import METRICS, coco_metrics, evaluate_detections, metric_names
+from ..evaluation.error_kinds import Errors, errors_of
 from ..evaluation.matching import Matches, Objects
 from .inference import (
     ALPHA,
@@ -29,6 +30,7 @@ from .inference import (
     welch_interval,
 )
 from .input import GroundTruth, equal_files, has_masks, result_files, tasks_of
+from .origins import origins
 from .verdict import DECLARED, Evidence, Question, gates_sentence, judge
 
 SCHEMA = 2
@@ -122,6 +124,7 @@ def measure(
     notes = equal_files(given)
     found: dict[str, dict[str, list]] = {}
     matches: dict[str, dict[str, list[Matches]]] = {}
+    errors: dict[str, dict[str, list[Errors]]] = {}
     result = Measurement(report={})
     tasks = tasks_of(truth, given)
     objects = {task: Objects(truth.coco, task, truth.content) for task in tasks} if bootstrap else {}
@@ -134,6 +137,7 @@ def measure(
                     raise UserError(f"{file.path} has no masks, but others have: compare like with like")
                 evaluation = evaluate_detections(truth.coco, boxes, task)
                 found.setdefault(task, {}).setdefault(file.arm, []).append(coco_metrics(evaluation))
+                errors.setdefault(task, {}).setdefault(file.arm, []).append(errors_of(evaluation))
                 _collect(result, task, file.arm, evaluation, images)
                 if bootstrap:
                     matches.setdefault(task, {}).setdefault(file.arm, []).append(objects[task].match(boxes))
@@ -161,6 +165,10 @@ def measure(
         report["verdicts"] += judge(
             evidence, reference, task, question.metric, question, primary=primary, bootstrap=bootstrap, level=level
         )
+    names = [name.removeprefix("AP-") for name in metric_names(truth.content["categories"])[len(METRICS) :]]
+    report["origins"] = origins(
+        {task: {name: errors[task][name] for name in detections} for task in tasks}, names, paired=question.paired
+    )
     report["notes"] = notes
     sentences = [verdict["sentence"] for verdict in report["verdicts"]]
     sentences += [gates_sentence(report, name) for name in detections]

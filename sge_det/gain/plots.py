@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from ..analysis.figures import COLORS
 from ..evaluation.coco import METRICS
+from ..evaluation.error_kinds import CALIBRATION, CONFUSION, TIDE
 from .measurement import Measurement
 from .verdict import TASK_NAMES
 
@@ -163,6 +164,38 @@ def category_differences(report: dict) -> bytes:
         ax.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(names)), [metric.removeprefix("AP-") for metric in names])
     axes[0].set_ylim(len(names) - 0.5, -0.5)
+    _legend(figure, axes[0])
+    return _png(figure)
+
+
+@_STYLE
+def error_differences(report: dict) -> bytes:
+    """Differences from the reference by kind of error, with their intervals over the seeds."""
+    rows = TIDE | CALIBRATION | CONFUSION
+    arms = list(report["differences"])
+    step = 0.8 / len(arms)
+    figure, axes = _figure(1.6 + len(rows) * max(0.42, 0.24 * len(arms)), len(report["tasks"]), sharey=True)
+    for ax, task in zip(axes, report["tasks"]):
+        for number, name in enumerate(arms):
+            color, marker = arm_color(report, name), _marker(report, name)
+            for row, kind in enumerate(rows):
+                difference = report["origins"]["differences"][name][task][kind]
+                y = row - 0.4 + step * (number + 0.5)
+                if difference["interval"]:
+                    bounds = [difference["interval"]["low"], difference["interval"]["high"]]
+                    ax.plot(bounds, [y, y], color=color, lw=3.5, alpha=0.55, solid_capstyle="butt")
+                if len(difference["values"]) > 1:
+                    ax.plot(difference["values"], [y] * len(difference["values"]), ".", color=color, ms=7, alpha=0.8)
+                label = name if row == 0 else None
+                ax.plot(difference["mean"], y, marker, color=color, ms=9, mec="white", mew=1.2, label=label, zorder=4)
+        ax.axvline(0, color="black", lw=1, zorder=0)
+        for edge in (len(TIDE), len(TIDE) + len(CALIBRATION)):
+            ax.axhline(edge - 0.5, color="#888888", lw=0.8, zorder=0)
+        ax.set_title(TASK_NAMES[task])
+        ax.set_xlabel(f"difference from {report['reference']} (points)")
+        ax.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(rows)), rows.values())
+    axes[0].set_ylim(len(rows) - 0.5, -0.5)
     _legend(figure, axes[0])
     return _png(figure)
 

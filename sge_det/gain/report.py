@@ -13,6 +13,7 @@ import numpy as np
 
 from ..analysis import pointing
 from ..evaluation.coco import METRICS
+from ..evaluation.error_kinds import CALIBRATION, CONFIDENT, CONFUSION, TIDE
 from ..files import write_file, write_json
 from ..markdown import escape, escape_line
 from . import plots
@@ -30,6 +31,13 @@ _DECIDES = (
     "leaves zero out by chance, so they are exploratory."
 )
 
+_ORIGINS = (
+    "Exploratory. Kinds of errors at IoU 0.5 are TIDE's: the points of AP50 that are lost to each, so that less is "
+    "better; they do not add up. Calibration errors are the points by which scores differ from the share of true "
+    "detections. The last four rows are per cent, of objects and of detections with a score of at least "
+    f"{CONFIDENT:g}. Intervals are over new seeds, for these images."
+)
+_CONFUSIONS = "The categories whose confusion differs most, per cent of their objects:"
 _COST = (
     "Training and evaluation of all runs of an arm, what was done twice after an interruption included; a core counts "
     "for each thread of torch."
@@ -136,6 +144,10 @@ def markdown(report: dict) -> str:
     parts += ["## Every seed", seed_table(report).markdown()]
     for task in report["tasks"]:
         parts += [f"## {_metrics_heading(report, task)}", metric_table(report, task).markdown()]
+    for task in report["tasks"] if report.get("origins") else ():
+        parts += [f"## Where it comes from: {TASK_NAMES[task]}", _ORIGINS, origin_table(report, task).markdown()]
+        confusions = confusion_table(report, task)
+        parts += [_CONFUSIONS, confusions.markdown()] if confusions.rows else []
     for name, by_seed in report["gates"].items():
         parts += [f"## Gates of {escape(name)}", gate_table(by_seed).markdown()]
     for name, by_seed in report["pointing"].items():
@@ -236,6 +248,40 @@ def gate_table(by_seed: dict[str, dict]) -> Table:
     return Table(header, rows)
 
 
+def origin_table(report: dict, task: str) -> Table:
+    """The errors of all arms by kind, and their differences from the reference."""
+    names, found, several = list(report["arms"]), report["origins"], len(report["seeds"]) > 1
+    header = ["", *names]
+    for name in found["differences"]:
+        header.append("difference" if len(names) == 2 else f"{name} - {report['reference']}")
+        header += ["95% interval over seeds"] if several else []
+    rows = []
+    for figure, meaning in (TIDE | CALIBRATION | CONFUSION).items():
+        row = [meaning, *(_number(found["arms"][name][task][figure]["mean"]) for name in names)]
+        for differences in found["differences"].values():
+            difference = differences[task][figure]
+            row.append(_signed(difference["mean"]))
+            row += [_bounds(difference["interval"])] if several else []
+        rows.append(row)
+    return Table(header, rows)
+
+
+def confusion_table(report: dict, task: str) -> Table:
+    """The categories whose confusion differs most from the reference's, by arm."""
+    several = len(report["seeds"]) > 1
+    header = ["arm", "objects", "taken for", report["reference"], "this arm", "difference"]
+    rows = []
+    for name, by_task in report["origins"]["confusions"].items():
+        for pair in by_task[task]:
+            row = [name, pair["category"], pair["taken_for"], _number(pair["reference"]), _number(pair["arm"])]
+            rows.append([*row, _signed(pair["mean"]), *([_bounds(pair["interval"])] if several else [])])
+    return Table([*header, *(["95% interval over seeds"] if several else [])], rows)
+
+
+def _bounds(interval: dict | None) -> str:
+    return _span(interval["low"], interval["high"]) if interval else ""
+
+
 def cost_table(report: dict) -> Table:
     """What the arms cost, and all of them together."""
     rows = []
@@ -323,6 +369,8 @@ def html_page(measurement: Measurement, extras: Extras) -> str:
     parts.append("<h2>Precision and recall</h2>")
     caption = f"Mean over the categories{' and seeds; thin lines are the seeds' if many else ''}."
     parts.append(_figure(plots.precision_recall(measurement), "Precision over recall", caption))
+    if report.get("origins"):
+        parts += _origins(report)
     for name, by_seed in report["gates"].items():
         parts.append(f"<h2>Gates of {html.escape(name)}</h2>")
         parts.append(
@@ -347,6 +395,19 @@ def html_page(measurement: Measurement, extras: Extras) -> str:
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
         f"<style>{_CSS}</style></head>\n<body>\n{body}\n</body></html>\n"
     )
+
+
+def _origins(report: dict) -> list[str]:
+    several = " Small dots are the single seeds; bars are 95% intervals over seeds." if len(report["seeds"]) > 1 else ""
+    parts = ["<h2>Where the difference comes from</h2>", f'<p class="note">{html.escape(_ORIGINS)}</p>']
+    caption = f"Difference from {report['reference']} by kind of error.{several}"
+    parts.append(_figure(plots.error_differences(report), "Differences by kind of error", caption))
+    for task in report["tasks"]:
+        parts += [f"<h3>{TASK_NAMES[task].capitalize()}</h3>", origin_table(report, task).html()]
+        confusions = confusion_table(report, task)
+        if confusions.rows:
+            parts += [f'<p class="note">{html.escape(_CONFUSIONS)}</p>', confusions.html()]
+    return parts
 
 
 def _gallery(report: dict, name: str, pictures: Sequence[GalleryImage]) -> list[str]:
