@@ -102,9 +102,9 @@ def test_page_is_self_contained_and_whole(compared):
     page = Page(text)
     assert page.links == page.images
     assert not re.search(r"url\(|@import|https?://", text)
-    # forest, dots, categories, precision-recall, and up to six gallery images for each of two arms
+    # forest, dots, categories, precision-recall, errors, and up to six gallery images for each of two arms
     with_objects = {entry["image_id"] for entry in truth["annotations"] if not entry["iscrowd"]}
-    assert len(page.images) == 4 + 2 * min(len(with_objects), 6)
+    assert len(page.images) == 5 + 2 * min(len(with_objects), 6)
     for source in page.images:
         head, data = source.split(",", 1)
         assert head == "data:image/png;base64"
