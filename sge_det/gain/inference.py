@@ -224,8 +224,10 @@ def _image_variance(samples: np.ndarray, images: int) -> float:
 
 def _interaction(samples: np.ndarray, images: int) -> float:
     """The mean variance over images of what a seed has of its own, from (n, B)."""
-    count = len(samples)
+    count, drawn = samples.shape
     apart = samples - samples.mean(0)
+    if images > 1 and drawn > 1 and np.isfinite(apart).all():
+        return float(apart.var(axis=1, ddof=1).sum()) * images / (images - 1) / (count - 1)
     return sum(_image_variance(row, images) for row in apart) / (count - 1)
 
 

@@ -274,6 +274,7 @@ def simulate(
     seed: int = 0,
     kinds: Sequence[str] = KINDS,
     effects: Sequence[float] = EFFECTS,
+    noises: Sequence[str] = NOISES,
 ) -> Iterator[Tally]:
     """Simulates experiments with two arms, and with as many as the population has.
 
@@ -284,12 +285,13 @@ def simulate(
         samples: of the bootstrap.
         kinds: of ``KINDS``.
         effects: true differences of two arms, in AP points.
+        noises: of ``NOISES``.
     """
     generator = np.random.default_rng([seed, images])
     for _ in range(draws):
         drawn = population.draw(images, samples, generator)
         study = _Study(population, images, drawn, experiments, generator, Tally())
-        for noise in NOISES:
+        for noise in noises:
             for effect in effects:
                 if "two arms" in kinds:
                     for correlation in CORRELATIONS:
@@ -402,14 +404,12 @@ def _stopped(
     Args:
         width: at which it stops, in AP points; 0 to stop at the first answer.
     """
-    verdicts = [outcome(interval, MARGIN, level) for interval, level in zip(intervals, levels)]
-    seen = [interval and interval.at(1 - level) for interval, level in zip(intervals, levels)]
-    if width:
-        ends = [each is not None and each.high - each.low <= width for each in seen]
-    else:
-        ends = [verdict != "undecided" for verdict in verdicts]
-    stop = next((place for place, end in enumerate(ends) if end), len(LOOKS) - 1)
-    return verdicts[stop], seen[stop], LOOKS[stop]
+    for place, (interval, level) in enumerate(zip(intervals, levels)):
+        seen, verdict = interval and interval.at(1 - level), outcome(interval, MARGIN, level)
+        ends = seen is not None and seen.high - seen.low <= width if width else verdict != "undecided"
+        if ends or place == len(intervals) - 1:
+            return verdict, seen, LOOKS[place]
+    raise ValueError("there are no looks")
 
 
 def coverage_report(tally: Tally) -> str:

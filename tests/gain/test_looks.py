@@ -1,6 +1,8 @@
 """Runs that are chosen one by one, fail, or are added until the answer is in; no run here trains anything."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -223,6 +225,30 @@ def test_a_rule_that_was_not_declared_still_ends_by_its_answer(make):
     assert report["seeds"] == [0, 1, 2, 3]
     assert report["verdicts"][0]["outcome"] == "undecided"
     assert not any(primary(report))
+
+
+def test_workers_that_decide_together_come_to_the_same_answer(make, monkeypatch):
+    """Each run is made once, and both read the same report at each look."""
+    made = []
+
+    class Slow(Fake):
+        def ended(self):
+            if not hasattr(self, "since"):
+                self.since = time.monotonic()
+                made.append(self.run.name)
+            return time.monotonic() - self.since > 0.05 and super().ended()
+
+    monkeypatch.setattr(matrix_module, "RunProcess", Slow)
+    monkeypatch.setattr(matrix_module, "_POLL_SECONDS", 0.005)
+    workers = [make(range(4)) for _ in range(2)]
+    looks = Looks(first=2, most=4, decide=True)
+    with ThreadPoolExecutor() as pool:
+        tasks = [pool.submit(decide_gain, matrix, looks, jobs=2, bootstrap=200) for matrix in workers]
+        reports = [task.result(timeout=120).report for task in tasks]
+    assert sorted(made) == sorted(f"{arm}/seed{seed}" for arm in ("plain", "sge") for seed in reports[0]["seeds"])
+    assert reports[0]["verdicts"] == reports[1]["verdicts"]
+    assert reports[0]["look"] == reports[1]["look"]
+    assert json.loads((workers[0].output / "report.json").read_text())["look"] == reports[0]["look"]
 
 
 def test_after_the_answer_a_report_has_the_level_of_its_look_and_more_seeds_are_told(make):
