@@ -54,6 +54,10 @@ setup(
     # timm requires torch and torchvision by name, hence not above
     extras_require={
         "rivals": ["timm"],
+        "cluster": ["submitit"],
+        "wandb": ["wandb"],
+        "mlflow": ["mlflow"],
+        "trackio": ["trackio"],
         "export": ["onnx", "onnxruntime", "onnxscript"],
         "hub": ["huggingface_hub"],
         "dev": ["hypothesis", "pytest", "pytest-cov", "ruff"],

@@ -24,6 +24,8 @@ LOADER_TIMEOUT = 600
 OPTIMIZERS = ("SGD", "ADAMW")
 # The release's; Detectron2's heads weigh all stages alike.
 STAGE_LOSS_WEIGHTS = (1.0, 0.5, 0.25)
+PRECISIONS = ("float16", "bfloat16")
+TRACKERS = ("wandb", "mlflow", "trackio")
 
 # A config is a page of text: what is longer, deeper or grows beyond this is none.
 _LONGEST, _MOST_NODES = 1 << 20, 100_000
@@ -37,7 +39,7 @@ _ZOO = Path(detectron2.__file__).resolve().parent / "model_zoo" / "configs"
 
 
 def add_sge_config(cfg: CfgNode) -> None:
-    """Adds the ``MODEL.SGE`` keys and ours of ``SOLVER`` and ``DATALOADER``, with their defaults, to a config."""
+    """Adds the ``MODEL.SGE`` keys and our others, with their defaults, to a config."""
     cfg.MODEL.SGE = _default_options()
     # The weights of the stages' losses in ROI heads of the name WeightedCascadeROIHeads.
     cfg.MODEL.ROI_BOX_CASCADE_HEAD.STAGE_LOSS_WEIGHTS = STAGE_LOSS_WEIGHTS
@@ -49,6 +51,18 @@ def add_sge_config(cfg: CfgNode) -> None:
     cfg.SOLVER.SKIP_NONFINITE = 0
     # Seconds that a process waits for a batch of its loader's workers; 0 waits for ever.
     cfg.DATALOADER.TIMEOUT = LOADER_TIMEOUT
+    # What SOLVER.AMP.ENABLED computes in: "float16" (GPUs), or "bfloat16" (GPUs and CPUs).
+    cfg.SOLVER.AMP.PRECISION = PRECISIONS[0]
+    # Passes that make up a step. SOLVER.IMS_PER_BATCH stays the images of a step, of which each pass has its share.
+    cfg.SOLVER.GRADIENT_ACCUMULATION_STEPS = 1
+    # An exponential moving average of the weights, which is what is evaluated and what a checkpoint's "model" is.
+    cfg.MODEL_EMA = CfgNode({"ENABLED": False, "DECAY": 0.999})
+    # Keeps model_best.pth, the weights with the highest METRIC of all evaluations.
+    cfg.SOLVER.BEST_CHECKPOINTER = CfgNode({"ENABLED": False, "METRIC": "bbox/AP"})
+    # Ends the training once METRIC has not risen by more than MIN_DELTA in PATIENCE evaluations; 0 never does.
+    cfg.SOLVER.EARLY_STOPPING = CfgNode({"PATIENCE": 0, "MIN_DELTA": 0.0, "METRIC": "bbox/AP"})
+    # Who else is told what is logged: "wandb", "mlflow" or "trackio"; "" is nobody.
+    cfg.REPORT_TO = ""
 
 
 def _default_options() -> CfgNode:
@@ -190,6 +204,22 @@ def skip_nonfinite(cfg: CfgNode) -> int:
     if count < 0:
         raise UserError(f"SOLVER.SKIP_NONFINITE {count} must be the number of steps that may be passed over, from 0 on")
     return count
+
+
+def ema_decay(cfg: CfgNode) -> float | None:
+    """``cfg.MODEL_EMA.DECAY``; None where the weights are not averaged.
+
+    Raises:
+        UserError: it goes with something that it does not go with.
+    """
+    section = cfg.get("MODEL_EMA", None)
+    if section is None or not section.ENABLED:
+        return None
+    if cfg.TEST.PRECISE_BN.ENABLED:
+        raise UserError(
+            "MODEL_EMA averages the norms' statistics, which TEST.PRECISE_BN counts anew: turn off one of them"
+        )
+    return section.DECAY
 
 
 def loader_timeout(cfg: CfgNode) -> int:

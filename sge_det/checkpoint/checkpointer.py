@@ -78,6 +78,16 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     return next(iter(checkpoints(folder)), None)
 
 
+def remove_checkpoint(path: Path) -> None:
+    """Removes a checkpoint, then its checksum.
+
+    Raises:
+        UserError: it cannot be removed.
+    """
+    remove_file(path)
+    remove_file(sidecar(path))
+
+
 def _tagged(tag: Path) -> str:
     try:
         status = tag.lstat()
@@ -137,10 +147,22 @@ class Checkpointer(DetectionCheckpointer):
         Raises:
             UserError: it cannot be written, or something in it is not finite; what was there is kept.
         """
+        more = {key: value.state_dict() for key, value in self.checkpointables.items()}
+        if self._write(name, kwargs | more):
+            self.tag_last_checkpoint(f"{name}.pth")
+
+    def save_model(self, name: str, **kwargs: Any) -> None:
+        """Writes the model alone, as something that no run goes on from.
+
+        Raises:
+            UserError: as :meth:`save`.
+        """
+        self._write(name, kwargs)
+
+    def _write(self, name: str, more: dict[str, Any]) -> bool:
         if not self.save_dir or not self.save_to_disk:
-            return
-        data = {"model": self.model.state_dict(), **kwargs}
-        data |= {key: value.state_dict() for key, value in self.checkpointables.items()}
+            return False
+        data = {"model": self.model.state_dict(), **more}
         if self.metadata is not None:
             data["metadata"] = self.metadata
         path = Path(self.save_dir, f"{name}.pth")
@@ -151,9 +173,8 @@ class Checkpointer(DetectionCheckpointer):
             remove_file(sidecar(path))
             with replacing(path) as part:
                 torch.save(data, part)
-            about = {"iteration": kwargs.get("iteration"), "tensors": checksums(data)}
+            about = {"iteration": more.get("iteration"), "tensors": checksums(data)}
             write_sidecar(path, part.sha256.hexdigest(), part.size, **about)
-            self.tag_last_checkpoint(path.name)
         except UserError as error:
             cause = error.__cause__
             full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -162,6 +183,7 @@ class Checkpointer(DetectionCheckpointer):
                 f"the checkpoint {path} cannot be written ({'the disk is full' if full else reason}), "
                 f"{self.last_good()}: {'free some space' if full else 'see to its disk'}"
             ) from error
+        return True
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         write_file(Path(self.save_dir, _TAG), last_filename_basename)

@@ -14,17 +14,21 @@ from detectron2.utils import comm
 from ..checkpoint.checkpointer import checkpoints
 from ..errors import UserError
 from ..files import cannot_write_output, make_folder, remove_file, write_json
+from .evaluations import EVALUATIONS_FILE
 from .fingerprint import FINGERPRINT_FILE, Contents, differences, fingerprint
+from .reporting import REPORT_FILE
 
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".run.lock"
 # How long a run goes, where, how it is watched and what it is tested with may change on the way.
 _CHANGEABLE_KEYS = ("SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.SKIP_NONFINITE", "MODEL.DEVICE")
+_CHANGEABLE_SECTIONS = ("TEST.", "SOLVER.BEST_CHECKPOINTER.", "SOLVER.EARLY_STOPPING.")
+_LOGGED = ("metrics.json", EVALUATIONS_FILE, REPORT_FILE)
 
 
 def _is_changeable(key: str) -> bool:
-    return key in _CHANGEABLE_KEYS or key.startswith("TEST.")
+    return key in _CHANGEABLE_KEYS or key.startswith(_CHANGEABLE_SECTIONS)
 
 
 @contextlib.contextmanager
@@ -111,7 +115,8 @@ def _prepare(folder: Path, made_from: dict, resume: bool, overwrite: bool, chang
         logger.warning(f"--resume: {folder} has no checkpoint yet, the run starts at iteration 0")
     if not found:
         # what a run that was cut off before its first checkpoint logged
-        remove_file(folder / "metrics.json")
+        for name in _LOGGED:
+            remove_file(folder / name)
     write_json(folder / FINGERPRINT_FILE, made_from)
 
 
@@ -126,7 +131,7 @@ def remove_run(folder: Path) -> None:
     remove_file(folder / "result.json")
     for path in sorted(folder.glob("model_*.pth*"), key=lambda path: not path.name.endswith(".json")):
         remove_file(path)
-    for name in ("last_checkpoint", "metrics.json", FINGERPRINT_FILE):
+    for name in ("last_checkpoint", *_LOGGED, FINGERPRINT_FILE):
         remove_file(folder / name)
 
 

@@ -21,8 +21,16 @@ FINGERPRINT_FILE = "fingerprint.json"
 # They say where and how fast a run goes, not what comes out of it.
 _FREE_KEYS = (
     *("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD", "VIS_PERIOD"),
-    *("MODEL.SGE.LOG_PERIOD", "DATALOADER.TIMEOUT"),
+    *("MODEL.SGE.LOG_PERIOD", "DATALOADER.TIMEOUT", "REPORT_TO", "SOLVER.BEST_CHECKPOINTER.ENABLED"),
+    "SOLVER.BEST_CHECKPOINTER.METRIC",
 )
+# Off as they are by default, they change nothing, and runs from before they were there can go on.
+_OFF = {
+    "MODEL_EMA.": lambda cfg: not cfg.MODEL_EMA.ENABLED,
+    "SOLVER.AMP.PRECISION": lambda cfg: not cfg.SOLVER.AMP.ENABLED or cfg.SOLVER.AMP.PRECISION == "float16",
+    "SOLVER.GRADIENT_ACCUMULATION_STEPS": lambda cfg: cfg.SOLVER.GRADIENT_ACCUMULATION_STEPS == 1,
+    "SOLVER.EARLY_STOPPING.": lambda cfg: not cfg.SOLVER.EARLY_STOPPING.PATIENCE,
+}
 
 
 def fingerprint(cfg: CfgNode, contents: "Contents", processes: int, imports: Sequence[str] = ()) -> dict:
@@ -160,8 +168,12 @@ def what_counts(cfg: CfgNode) -> dict[str, str]:
         own = {f"{section}{key}" for key in cfg.MODEL.SGE}
     if options.ignore_padding:  # of the plain twin, too
         own |= {f"{section}IGNORE_PADDING"}
+    free = [key for key in _FREE_KEYS if key != "TEST.EVAL_PERIOD" or not cfg.SOLVER.EARLY_STOPPING.PATIENCE]
+    off = tuple(prefix for prefix, is_off in _OFF.items() if is_off(cfg))
     return {
-        key: value for key, value in _flat(cfg) if key not in _FREE_KEYS and (key in own or not key.startswith(section))
+        key: value
+        for key, value in _flat(cfg)
+        if key not in free and not key.startswith(off) and (key in own or not key.startswith(section))
     }
 
 

@@ -37,11 +37,15 @@ class LossGuard:
         model.register_forward_pre_hook(self._begin)
         model.register_forward_hook(self._check)
 
+    def begin_step(self) -> None:
+        """The next forward pass is the first of a step."""
+        self._buffers = []
+
     def _begin(self, module: nn.Module, arguments: tuple) -> None:
         batch = arguments[0] if arguments else None
         self._images = [str(image.get("file_name")) for image in batch or () if isinstance(image, dict)]
         self._voted = False
-        if module.training and self.passed_over < self.limit:
+        if module.training and self.passed_over < self.limit and not self._buffers:
             # norms take the step's statistics into theirs before its loss is there
             self._buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
 

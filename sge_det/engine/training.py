@@ -14,8 +14,8 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, default_argument_parser
 from detectron2.engine.defaults import default_writers
-from detectron2.engine.hooks import EvalHook, PeriodicWriter
-from detectron2.engine.train_loop import AMPTrainer, SimpleTrainer, TrainerBase
+from detectron2.engine.hooks import EvalHook, IterationTimer, PeriodicWriter
+from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import verify_results
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
@@ -25,7 +25,7 @@ from detectron2.utils.events import EventStorage, EventWriter, JSONWriter
 
 from ..checkpoint.checkpointer import Checkpointer, last_checkpoint
 from ..checkpoint.sources import Recipe
-from ..config import load_config, sge_options, skip_nonfinite
+from ..config import ema_decay, load_config, sge_options, skip_nonfinite
 from ..data.datasets import register_sample, use_datasets
 from ..data.loader import EvaluationLoader, ReplayableLoader, build_test_loader, build_train_loader
 from ..errors import Stopped, UserError
@@ -36,11 +36,15 @@ from ..modeling.gates import GateWriter, sge_layers
 from ..modeling.padding import ignore_padding
 from ..solver import build_optimizer
 from . import doctor
+from .averaging import AverageHook
+from .evaluations import EvaluationsHook, Settled, is_settled, watches_evaluations
 from .faults import in_words
 from .launching import TIMEOUT_SECONDS
 from .logs import start_logs
 from .loss_guard import LossGuard
 from .periodic import LoggedEvaluation
+from .reporting import ImagesPerSecond, build_report_writer
+from .steps import build_steps
 from .stopping import StopHook, waiting
 
 logger = logging.getLogger(__name__)
@@ -180,7 +184,13 @@ class Trainer(DefaultTrainer):
     Data order, augmentations, start values and the sampling in the heads follow from ``cfg.SEED`` and the iteration's
     number, so that a run that was interrupted and resumed ends like one that was not. Honours ``MODEL.SGE.LR_FACTOR``;
     trains on CPUs in several processes too.
+
+    Attributes:
+        last_results: those of the last evaluation, in the main process.
     """
+
+    _watch: EvaluationsHook | None = None
+    _average: AverageHook | None = None
 
     def __init__(self, cfg: CfgNode):
         TrainerBase.__init__(self)
@@ -189,15 +199,21 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = build_train_loader(cfg, self.seed)
+        self._plain_model = model
+        if ema_decay(cfg) is not None:
+            self._average = AverageHook(model, ema_decay(cfg))
         # DDP takes device ids for GPUs only
         devices = {} if cfg.MODEL.DEVICE != "cpu" else {"device_ids": None}
         model = create_ddp_model(model, broadcast_buffers=False, **devices)
         self._guard = LossGuard(model, skip_nonfinite(cfg))
-        trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = trainer(model, data_loader, optimizer)
+        self._trainer = build_steps(cfg, model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         metadata = Recipe.of_config(cfg).metadata()
-        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, metadata=metadata, trainer=weakref.proxy(self))
+        # whoever loads a checkpoint gets the weights that were evaluated; a run goes on from those in training as well
+        trained = {"trained": self._plain_model} if self._average else {}
+        self.checkpointer = Checkpointer(
+            self.evaluated_model, cfg.OUTPUT_DIR, metadata=metadata, trainer=weakref.proxy(self), **trained
+        )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -205,19 +221,46 @@ class Trainer(DefaultTrainer):
         self._is_seed_drawn = cfg.SEED < 0
         self.register_hooks(self.build_hooks())
 
+    @property
+    def evaluated_model(self) -> torch.nn.Module:
+        """The model that is evaluated and saved: the average of the weights where there is one."""
+        return self.model if self._average is None else self._average.model
+
+    @property
+    def last_results(self) -> OrderedDict:
+        return getattr(self, "_last_eval_results", OrderedDict())
+
+    def train(self) -> None:
+        try:
+            super().train()
+        except Settled:
+            self.checkpointer.save("model_final", iteration=self.iter)
+            if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
+                verify_results(self.cfg, self.last_results)
+
     def resume_or_load(self, resume: bool = True) -> None:
         drawn = self.seed
         super().resume_or_load(resume)
         if self.seed != drawn:
             self._trainer.reset_data_loader(lambda: build_train_loader(self.cfg, self.seed))
         self.data_loader.start = self.start_iter
+        self._start_weights()
+        if self._average is not None:
+            self._average.start(loaded=self.start_iter > 0)
+        if self._watch is not None:
+            self._watch.begin(self.start_iter)
+
+    def _start_weights(self) -> None:
         options = sge_options(self.cfg)
+        if self.start_iter == 0 and self._average is not None:
+            self._plain_model.load_state_dict(self._average.model.state_dict())
         if self.start_iter == 0 and options.reset:
             start_sge(self.model, options.init)
         if options.constant:  # whatever MODEL.WEIGHTS holds
             hold_gates_constant(self.model)
 
     def run_step(self) -> None:
+        self._guard.begin_step()
         torch.manual_seed((self.seed * 1_000_003 + self.iter) * comm.get_world_size() + comm.get_rank())
         try:
             super().run_step()
@@ -257,7 +300,8 @@ class Trainer(DefaultTrainer):
     def build_writers(self) -> list[EventWriter]:
         folder = self.checkpointer.save_dir
         drop_torn_line(Path(folder, "metrics.json"))
-        return default_writers(folder, self.max_iter)
+        own = build_report_writer(self.cfg)
+        return [*default_writers(folder, self.max_iter), *([own] if own else [])]
 
     def build_hooks(self) -> list[HookBase]:
         hooks = super().build_hooks()
@@ -265,10 +309,19 @@ class Trainer(DefaultTrainer):
         if period > 0 and comm.is_main_process() and sge_layers(self.model):
             # before the evaluation, which would count as well, and before the writers, which come last
             hooks.insert(0, GateWriter(self.model, period))
-        evaluation = next(place for place, hook in enumerate(hooks) if isinstance(hook, EvalHook))
-        hooks[evaluation] = LoggedEvaluation(self.cfg.TEST.EVAL_PERIOD, hooks[evaluation]._func)
-        hooks.insert(evaluation, StopHook())
+        if self._average is not None:
+            hooks.insert(0, self._average)
+        hooks.insert(_place_of(IterationTimer, hooks) + 1, ImagesPerSecond(self.cfg.SOLVER.IMS_PER_BATCH))
+        place = _place_of(EvalHook, hooks)
+        hooks[place : place + 1] = [StopHook(), LoggedEvaluation(self.cfg.TEST.EVAL_PERIOD, self._evaluate)]
+        if watches_evaluations(self.cfg):
+            self._watch = EvaluationsHook(self.cfg, self.checkpointer)
+            hooks.insert(place + 2, self._watch)
         return hooks
+
+    def _evaluate(self) -> OrderedDict:
+        self._last_eval_results = self.test(self.cfg, self.evaluated_model)
+        return self._last_eval_results
 
     def evaluate_if_cut_off(self) -> None:
         """Makes up for the evaluation after the last step, if the run ended between that step and its end."""
@@ -276,10 +329,16 @@ class Trainer(DefaultTrainer):
         iteration = self.start_iter - 1
         if iteration < 0 or not hook._period or self.start_iter % hook._period:
             return
-        is_lacking = comm.is_main_process() and not _has_results(Path(self.checkpointer.save_dir), iteration)
+        is_lacking = comm.is_main_process() and (
+            not _has_results(Path(self.checkpointer.save_dir), iteration)
+            or (self._watch is not None and self._watch.lacks(self.start_iter))
+        )
         if comm.all_gather(is_lacking)[0]:
             logger.info(f"the evaluation after iteration {iteration} was cut off: it is done now")
-            self.log_results(hook._func(), iteration)
+            results = hook._func()
+            self.log_results(results, iteration)
+            if self._watch is not None:
+                self._watch.look(self.start_iter, results)
 
     def log_results(self, results: OrderedDict, iteration: int) -> None:
         """Writes the metrics of an evaluation where they would stand if it had not been cut off."""
@@ -298,8 +357,15 @@ class Trainer(DefaultTrainer):
     def finish_last_checkpoint(self) -> None:
         """Writes ``model_final.pth`` where the training was cut off after the last iteration and before that file."""
         last = self.checkpointer.resumed_from
-        if self.start_iter == self.max_iter and last is not None and last.name != "model_final.pth":
-            self.checkpointer.save("model_final", iteration=self.max_iter - 1)
+        if self.start_iter <= self.max_iter and last is not None and last.name != "model_final.pth":
+            self.checkpointer.save("model_final", iteration=self.start_iter - 1)
+
+    def finish(self) -> OrderedDict:
+        """Does for a run that has been trained what may have been cut off at its end, and evaluates it."""
+        self.finish_last_checkpoint()
+        results = self.test(self.cfg, self.evaluated_model)
+        self.log_results(results, self.start_iter)
+        return results
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> torch.nn.Module:
@@ -336,6 +402,10 @@ class Trainer(DefaultTrainer):
         return OrderedDict({f"{key}_TTA": value for key, value in results.items()})
 
 
+def _place_of(kind: type[HookBase], hooks: list[HookBase]) -> int:
+    return next(place for place, hook in enumerate(hooks) if isinstance(hook, kind))
+
+
 def train(cfg: CfgNode, *, resume: bool = False) -> OrderedDict:
     """Trains ``cfg`` to its end and evaluates it on ``DATASETS.TEST``.
 
@@ -362,16 +432,21 @@ def train(cfg: CfgNode, *, resume: bool = False) -> OrderedDict:
                 f"{cfg.OUTPUT_DIR} is already trained to iteration {trainer.start_iter}: raise SOLVER.MAX_ITER "
                 f"({trainer.max_iter}) to train on. Evaluating it."
             )
-            trainer.finish_last_checkpoint()
-            results = Trainer.test(cfg, trainer.model)
-            trainer.log_results(results, trainer.start_iter)
+            results = trainer.finish()
         else:
             trainer.evaluate_if_cut_off()
-            with waiting():
-                trainer.train()
-            results = getattr(trainer, "_last_eval_results", OrderedDict())
+            if trainer.start_iter > 0 and is_settled(cfg, trainer.start_iter):
+                logger.warning(
+                    f"{cfg.OUTPUT_DIR} has ended early at iteration {trainer.start_iter}: raise "
+                    f"SOLVER.EARLY_STOPPING.PATIENCE ({cfg.SOLVER.EARLY_STOPPING.PATIENCE}) to train on. Evaluating it."
+                )
+                results = trainer.finish()
+            else:
+                with waiting():
+                    trainer.train()
+                results = trainer.last_results
         if cfg.TEST.AUG.ENABLED:
-            results.update(Trainer.test_with_TTA(cfg, trainer.model))
+            results.update(Trainer.test_with_TTA(cfg, trainer.evaluated_model))
     return results
 
 

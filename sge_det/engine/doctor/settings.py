@@ -1,5 +1,6 @@
 """What is wrong with the settings themselves: no file is read but the config."""
 
+import importlib.util
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
 from ...checkpoint.checkpointer import check_weights_exist
 from ...checkpoint.transplant import sge_builder
-from ...config import STAGES, SGEOptions, compose_config, find_config, optimizer_name, sge_options
+from ...config import STAGES, SGEOptions, compose_config, ema_decay, find_config, optimizer_name, sge_options
 from ...data.datasets import head_section
 from ...errors import UserError
 from .finding import Finding, finding_of
@@ -37,6 +38,7 @@ def examine_settings(
     return [
         *duplicate_keys(config_file),
         *_mixed_precision(cfg),
+        *([] if eval_only else [*_accumulation(cfg), *_averaging(cfg), *_evaluations(cfg), *_tracker(cfg)]),
         *unregistered(cfg),
         *_backbone_without_sge(cfg, options),
         *wrong_groups(cfg, options),
@@ -83,10 +85,48 @@ def _repeated(node: yaml.Node | None, prefix: str = "") -> list[tuple[str, int]]
 
 
 def _mixed_precision(cfg: CfgNode) -> list[Finding]:
-    if not cfg.SOLVER.AMP.ENABLED or (cfg.MODEL.DEVICE != "cpu" and torch.cuda.is_available()):
+    amp = cfg.SOLVER.AMP
+    has_gpu = cfg.MODEL.DEVICE != "cpu" and torch.cuda.is_available()
+    if not amp.ENABLED or amp.PRECISION == "bfloat16" or has_gpu:
         return []
-    problem = "SOLVER.AMP.ENABLED True needs a GPU: Detectron2 trains with mixed precision on GPUs only"
-    return [Finding("error", "SOLVER.AMP.ENABLED", problem, "set it to False")]
+    problem = f"SOLVER.AMP.ENABLED True needs a GPU for SOLVER.AMP.PRECISION {amp.PRECISION}"
+    return [Finding("error", "SOLVER.AMP.ENABLED", problem, "set that to bfloat16, or this to False")]
+
+
+def _accumulation(cfg: CfgNode) -> list[Finding]:
+    passes, images = cfg.SOLVER.GRADIENT_ACCUMULATION_STEPS, cfg.SOLVER.IMS_PER_BATCH
+    if images % passes == 0:
+        return []
+    problem = f"it is {passes}, which does not divide SOLVER.IMS_PER_BATCH {images}, the images of a step"
+    return [Finding("error", "SOLVER.GRADIENT_ACCUMULATION_STEPS", problem, "set a divisor of it")]
+
+
+def _averaging(cfg: CfgNode) -> list[Finding]:
+    try:
+        ema_decay(cfg)
+    except UserError as error:
+        return [finding_of(error, "MODEL_EMA.ENABLED")]
+    return []
+
+
+def _evaluations(cfg: CfgNode) -> list[Finding]:
+    """What goes by evaluations needs some, on one known set of names."""
+    solver, found = cfg.SOLVER, []
+    asked = {
+        "SOLVER.BEST_CHECKPOINTER.ENABLED": solver.BEST_CHECKPOINTER.ENABLED,
+        "SOLVER.EARLY_STOPPING.PATIENCE": solver.EARLY_STOPPING.PATIENCE > 0,
+    }
+    for key in (key for key, is_on in asked.items() if is_on):
+        if not 0 < cfg.TEST.EVAL_PERIOD < solver.MAX_ITER:
+            problem = f"it goes by evaluations, but TEST.EVAL_PERIOD {cfg.TEST.EVAL_PERIOD} gives none before the last"
+            found.append(Finding("error", key, problem, "set TEST.EVAL_PERIOD to a fraction of SOLVER.MAX_ITER"))
+    return found
+
+
+def _tracker(cfg: CfgNode) -> list[Finding]:
+    if not cfg.REPORT_TO or importlib.util.find_spec(cfg.REPORT_TO) is not None:
+        return []
+    return [Finding("error", "REPORT_TO", f"{cfg.REPORT_TO} is not installed", f"pip install {cfg.REPORT_TO}")]
 
 
 def unregistered(cfg: CfgNode) -> list[Finding]:

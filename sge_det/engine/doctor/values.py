@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, get_cfg
 
-from ...config import add_sge_config
+from ...config import PRECISIONS, TRACKERS, add_sge_config
 from .finding import Finding
 
 
@@ -40,7 +40,9 @@ def _real(low: float = -math.inf, high: float = math.inf, *, above: bool = False
 
 
 def _choice(*names: str) -> Rule:
-    return Rule(lambda v: isinstance(v, str) and v in names, f"one of {', '.join(names)}")
+    return Rule(
+        lambda v: isinstance(v, str) and v in names, f"one of {', '.join(name or repr(name) for name in names)}"
+    )
 
 
 def _each(rule: Rule, *, fewest: int = 1, count: int | None = None) -> Rule:
@@ -84,6 +86,8 @@ _RULES: dict[str, Rule] = {
     "OUTPUT_DIR": _NAME,
     "SEED": _SEED,
     "VIS_PERIOD": _whole(0),
+    "REPORT_TO": _choice("", *TRACKERS),
+    "MODEL_EMA.DECAY": Rule(lambda v: _SHARE.holds(v) and v < 1, "a number from 0 to below 1"),
     "MODEL.META_ARCHITECTURE": _NAME,
     "MODEL.PIXEL_MEAN": _each(_real(-1e6, 1e6)),
     "MODEL.PIXEL_STD": _each(_real(0, 1e6, above=True)),
@@ -219,6 +223,12 @@ _RULES: dict[str, Rule] = {
     "SOLVER.IMS_PER_BATCH": _whole(1, 1 << 16),
     "SOLVER.REFERENCE_WORLD_SIZE": _whole(0, 1 << 16),
     "SOLVER.SKIP_NONFINITE": _whole(0),
+    "SOLVER.AMP.PRECISION": _choice(*PRECISIONS),
+    "SOLVER.GRADIENT_ACCUMULATION_STEPS": _whole(1, 1 << 16),
+    "SOLVER.BEST_CHECKPOINTER.METRIC": _NAME,
+    "SOLVER.EARLY_STOPPING.PATIENCE": _whole(0),
+    "SOLVER.EARLY_STOPPING.MIN_DELTA": _NOT_NEGATIVE,
+    "SOLVER.EARLY_STOPPING.METRIC": _NAME,
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": _choice("value", "norm", "full_model"),
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": _POSITIVE,
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE": Rule(
