@@ -27,7 +27,7 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSample
 from detectron2.utils import comm
 from PIL import Image
 
-from ..errors import UserError
+from ..errors import Resumable, UserError
 from .datasets import check_masks
 from .images import image_fault
 
@@ -259,7 +259,8 @@ def _with_plain_errors(loader: torch.utils.data.DataLoader, timeout: float = 0) 
             yield batch
     except UserError as error:
         # a worker's error arrives with its traceback as its text
-        raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
+        kind = Resumable if isinstance(error, Resumable) else UserError
+        raise kind(str(error).rsplit(f"{kind.__name__}: ", 1)[-1].strip()) from None
     finally:
         if iterator in _open_iterators:
             _open_iterators.remove(iterator)
@@ -384,8 +385,10 @@ def map_image(mapper: DatasetMapper, example: dict) -> dict:
         raise UserError(f"the image {file} {fault}")
     try:
         return mapper(example)
+    except FileNotFoundError as error:
+        raise Resumable(f"the image {file} cannot be read, it is not there: put it back") from error
     except (OSError, SyntaxError) as error:
-        raise UserError(f"the image {example['file_name']} cannot be read: {error}") from error
+        raise UserError(f"the image {file} cannot be read: {error}") from error
     except Exception as error:
         if type(error).__name__ == "SizeMismatchError":
             raise UserError(f"the image {example['file_name']} is not of the annotated size: {error}") from error

@@ -1,6 +1,7 @@
 """What disks, loader workers and other processes do to a run, in a sentence each."""
 
 import errno
+import os
 
 from ..errors import Resumable, UserError
 from ..files import cannot_write
@@ -24,6 +25,8 @@ def in_words(error: BaseException, folder: str) -> UserError | None:
         return error
     if isinstance(error, OSError) and error.errno in _DISK:
         return cannot_write(error.filename or folder, error)
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return Resumable(f"{os.fsdecode(error.filename)} is not there any more: put it back")
     text = str(error)
     if not isinstance(error, RuntimeError):
         return None

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 
 import sge_det
-from sge_det.checkpoint.checkpointer import Checkpointer
+from sge_det.checkpoint.checkpointer import Checkpointer, last_checkpoint
 from sge_det.data.datasets import register_dataset
 from sge_det.engine.periodic import KeptCheckpoints
 from sge_det.engine.training import (
@@ -22,7 +23,7 @@ from sge_det.engine.training import (
     start_run,
     train,
 )
-from sge_det.errors import Stopped
+from sge_det.errors import Resumable, Stopped
 
 FASTER = "sample/faster_rcnn_SGE_R_50_FPN.yaml"
 
@@ -175,6 +176,28 @@ def test_the_last_two_checkpoints_are_always_kept(tmp_path, asked, kept):
     assert sorted(path.name for path in tmp_path.glob("model*")) == sorted(
         [*names, *(f"{name}.sha256.json" for name in names)]
     )
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("gone", ["val/000000000001.jpg", "annotations/instances_val.json", "train"])
+def test_a_file_that_goes_while_a_run_goes_on_is_told(tmp_path, sample, monkeypatch, gone, workers):
+    own = tmp_path / "set"
+    shutil.copytree(sample, own)
+    datasets = [(f"own_{part}", own / f"annotations/instances_{part}.json", own / part) for part in ("train", "val")]
+    cfg = tiny_config(tmp_path / "out", datasets, *SMALL, "SOLVER.MAX_ITER", "9", "DATALOADER.NUM_WORKERS", workers)
+    step = Trainer.run_step
+
+    def take_away(trainer):
+        step(trainer)
+        if (own / gone).exists():
+            (own / gone).rename(tmp_path / "away")
+
+    monkeypatch.setattr(Trainer, "run_step", take_away)
+    with pytest.raises(
+        Resumable, match=r"^[^\n]*(is not there any more|cannot be read, it is not there): put it back$"
+    ):
+        train(cfg)
+    assert last_checkpoint(tmp_path / "out") is not None
 
 
 def test_a_line_that_was_cut_off_is_no_part_of_the_next(tmp_path, sample_datasets):
