@@ -112,6 +112,11 @@ def programs(data: Path) -> dict[str, Program]:
     transplant = (*CONFIG, "--transplant")
     return {
         "train": Program("train_net", (*CONFIG, *datasets, *MICRO, "OUTPUT_DIR", "out")),
+        "overwrite": Program(
+            "train_net",
+            (*CONFIG, *datasets, *MICRO, "SEED", "1", "OUTPUT_DIR", "out", "--overwrite"),
+            tuple((f"out/{path.name}", str(path)) for path in (data / "other").glob("*") if path.is_file()),
+        ),
         "evaluate": Program(
             "train_net",
             (*CONFIG, *datasets, "--eval-only", *MICRO, "MODEL.WEIGHTS", "weights.pth", "OUTPUT_DIR", "out"),
@@ -239,18 +244,20 @@ class Bench:
         shutil.rmtree(self.box, ignore_errors=True)
         (self.box / "tmp").mkdir(parents=True)
         for there, source in self.programs[name].before:
+            (self.box / there).parent.mkdir(exist_ok=True)
             shutil.copy(source, self.box / there)
 
     def run(self, name: str, extra: tuple[str, ...] = (), **faults) -> Ended:
-        """Runs the program in the folder as it is."""
+        """Runs the program in the folder as it is; ``--resume`` stands in place of ``--overwrite``."""
         program = self.programs[name]
+        arguments = [word for word in program.arguments if word != "--overwrite" or "--resume" not in extra]
         output = self.folder / "printed.txt"
         counter = Counter()
         pid = os.fork()
         if not pid:
             try:
                 self._become(output, Faults(self.box, counter=counter, **faults))
-                to_the_end(self.mains[program.tool], [*program.arguments, *extra])
+                to_the_end(self.mains[program.tool], [*arguments, *extra])
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -463,6 +470,7 @@ def prepare(folder: Path) -> Path:
         ended = bench.run("train", overrides)
         if ended.code:
             raise RuntimeError(ended.errors)
+        shutil.copytree(bench.box / "out", data / "other", dirs_exist_ok=True)
         shutil.copy(bench.box / "out/model_final.pth", data / f"{name}.pth")
         shutil.copy(bench.box / "out/model_final.pth.sha256.json", data / f"{name}.json")
     for module in (folder / "imports").read_text().split():
@@ -537,7 +545,7 @@ def table(results: list[list]) -> str:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--programs", nargs="+", default=["convert", "convert_st", "evaluate", "train", "measure"])
+    parser.add_argument("--programs", nargs="+", default=list(programs(Path())))
     parser.add_argument("--kinds", nargs="+", choices=(*KINDS, "SIGKILL"), default=list(KINDS))
     parser.add_argument("--every", type=int, default=1, help="each so many-th operation alone")
     parser.add_argument("--at", type=int, help="this operation alone")
