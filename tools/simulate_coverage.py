@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from sge_det.errors import user_errors
 from sge_det.files import write_file, write_json
-from sge_det.gain.simulation import EFFECTS, KINDS, NOISES, Population, Tally, coverage_report, simulate
+from sge_det.gain.simulation import EFFECTS, KINDS, NOISES, SEEDS, Population, Tally, coverage_report, simulate
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
         "--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=f"of {', '.join(KINDS)} (default: all)"
     )
     add("--effects", nargs="+", type=float, default=EFFECTS, metavar="AP", help="true differences of two arms")
+    add("--seed-counts", nargs="+", type=int, default=SEEDS, metavar="N", help="seeds of an arm, of two arms")
     add("--noises", nargs="+", choices=NOISES, default=NOISES, metavar="NOISE", help=f"of {', '.join(NOISES)}")
     add("--samples", type=int, default=200, metavar="N", help="of the bootstrap (default: 200)")
     add("--seed", type=int, default=0, help="of all that is random")
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 kinds=args.kinds,
                 effects=args.effects,
                 noises=args.noises,
+                seed_counts=args.seed_counts,
             )
             for counts in tqdm(found, desc=f"{images} images", total=draws, unit="draw", leave=False):
                 tally.merge(counts)

@@ -275,6 +275,7 @@ def simulate(
     kinds: Sequence[str] = KINDS,
     effects: Sequence[float] = EFFECTS,
     noises: Sequence[str] = NOISES,
+    seed_counts: Sequence[int] = SEEDS,
 ) -> Iterator[Tally]:
     """Simulates experiments with two arms, and with as many as the population has.
 
@@ -286,6 +287,7 @@ def simulate(
         kinds: of ``KINDS``.
         effects: true differences of two arms, in AP points.
         noises: of ``NOISES``.
+        seed_counts: seeds of an arm, of two.
     """
     generator = np.random.default_rng([seed, images])
     for _ in range(draws):
@@ -295,7 +297,7 @@ def simulate(
             for effect in effects:
                 if "two arms" in kinds:
                     for correlation in CORRELATIONS:
-                        for seeds in SEEDS:
+                        for seeds in seed_counts:
                             study.two_arms(noise, effect, correlation, seeds)
                 if "looks" in kinds:
                     study.with_looks(noise, effect)
