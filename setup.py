@@ -60,6 +60,7 @@ setup(
         "trackio": ["trackio"],
         "export": ["onnx", "onnxruntime", "onnxscript"],
         "hub": ["huggingface_hub"],
+        "evaluators": ["cityscapesscripts", "lvis"],
         "dev": ["hypothesis", "pytest", "pytest-cov", "ruff"],
     },
 )

@@ -2,6 +2,7 @@
 
 import builtins
 import difflib
+import importlib
 import os
 import re
 import stat
@@ -31,6 +32,13 @@ TRACKERS = ("wandb", "mlflow", "trackio")
 _LONGEST, _MOST_NODES = 1 << 20, 100_000
 _MOST_BASES = 50
 _BASE = "_BASE_"
+# Before a _BASE_ that is one of Detectron2's own configs.
+_ZOO_PREFIX = "model_zoo:"
+# Detectron2's projects whose keys are added where a config needs them, with what their parts' names hold.
+_PROJECTS = (
+    ("detectron2.projects.deeplab", "add_deeplab_config", ("deeplab", "DeepLab")),
+    ("detectron2.projects.point_rend", "add_pointrend_config", ("PointRend", "CoarseMaskHead")),
+)
 
 # In a wheel the configs lie in the package, in a checkout beside it.
 _CONFIG_DIRS = [folder / "configs" for folder in (Path(__file__).parent, Path(__file__).parent.parent)]
@@ -289,7 +297,9 @@ def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> CfgNo
     cfg = get_cfg()
     add_sge_config(cfg)
     try:
-        _merge(cfg, CfgNode(_with_bases(path, ())), path)
+        loaded = _with_bases(path, ())
+        _add_projects(cfg, loaded, overrides)
+        _merge(cfg, CfgNode(loaded), path)
     except yaml.constructor.ConstructorError as error:
         raise UserError(
             f"{path} has a YAML tag that would run code, which only files inside the detectron2 package may do; write "
@@ -307,6 +317,32 @@ def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> CfgNo
     skip_nonfinite(cfg)
     loader_timeout(cfg)
     return cfg
+
+
+def _add_projects(cfg: CfgNode, loaded: dict, overrides: list[str] | tuple[str, ...]) -> None:
+    """Adds the keys of those of Detectron2's projects that a config needs: that name one of their keys or parts."""
+    pairs = [*_pairs(loaded), *zip(overrides[::2], overrides[1::2], strict=False)]
+    unknown = {key for key, _ in pairs} - set(_keys(cfg))
+    names = [value for _, value in pairs if isinstance(value, str)]
+    for module, function, marks in _PROJECTS:
+        is_named = any(mark in name for name in names for mark in marks)
+        if not is_named and not unknown:
+            continue
+        try:
+            add = getattr(importlib.import_module(module), function)
+        except ImportError:
+            continue  # what it would register or read is then told as unknown
+        own = get_cfg()
+        add(own)
+        if is_named or unknown & set(_keys(own)):
+            add(cfg)
+
+
+def _pairs(loaded: dict, prefix: str = "") -> list[tuple[str, Any]]:
+    pairs = []
+    for key, value in loaded.items():
+        pairs += _pairs(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+    return pairs
 
 
 def load_lazy_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> DictConfig:
@@ -418,6 +454,8 @@ def _with_bases(path: str, above: tuple[str, ...]) -> dict:
 def _base_path(path: str, base: Any) -> str:
     if not isinstance(base, str) or not base:
         raise UserError(f"{path}: {_BASE} is {base!r}, it must be the path of a config")
+    if base.startswith(_ZOO_PREFIX):
+        return str(_ZOO / base.removeprefix(_ZOO_PREFIX))
     if "://" in base:
         raise UserError(f"{path}: {_BASE} {base} lies on another machine: copy it here, and name the copy")
     return os.path.join(os.path.dirname(path), os.path.expanduser(base))

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.solver import build_lr_scheduler as build_plain_lr_scheduler
 from detectron2.solver import build_optimizer as build_plain_optimizer
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch import nn
@@ -57,6 +58,15 @@ def clip_whole_gradient(optimizer: torch.optim.Optimizer, max_norm: float, norm_
         torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
 
     optimizer.register_step_pre_hook(clip)
+
+
+def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """Detectron2's ``build_lr_scheduler``, which knows DeepLab's ``WarmupPolyLR`` too."""
+    if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupPolyLR":
+        from detectron2.projects.deeplab import build_lr_scheduler as build
+
+        return build(cfg, optimizer)
+    return build_plain_lr_scheduler(cfg, optimizer)
 
 
 def build_clipped(

@@ -128,7 +128,8 @@ class Contents:
         """Of the annotations, and of the names and sizes of their images."""
         if name not in self.known:
             metadata = MetadataCatalog.get(name)
-            if metadata.get("json_file") is None or metadata.get("image_root") is None:
+            is_coco = metadata.get("evaluator_type", "coco") == "coco"
+            if not is_coco or metadata.get("json_file") is None or metadata.get("image_root") is None:
                 if not self.coco_only:
                     return name
                 raise UserError(

@@ -29,12 +29,12 @@ from ..config import ema_decay, load_config, sge_options, skip_nonfinite
 from ..data.datasets import register_sample, use_datasets
 from ..data.loader import EvaluationLoader, ReplayableLoader, build_test_loader, build_train_loader
 from ..errors import Stopped, UserError
-from ..evaluation.coco import build_evaluator
+from ..evaluation.coco import build_evaluator, check_packages
 from ..files import drop_torn_line, write_file
 from ..modeling.blocks import hold_gates_constant, start_sge
 from ..modeling.gates import GateWriter, sge_layers
 from ..modeling.padding import ignore_padding
-from ..solver import build_optimizer
+from ..solver import build_lr_scheduler, build_optimizer
 from . import doctor
 from .averaging import AverageHook
 from .evaluations import EvaluationsHook, Settled, is_settled, watches_evaluations
@@ -122,6 +122,7 @@ def setup_config(
         cfg.MODEL.DEVICE = "cpu"
     doctor.tell(doctor.examine_settings(cfg, config_file, eval_only=eval_only, own_data=bool(datasets)))
     use_datasets(cfg, datasets, overrides, eval_only=eval_only)
+    check_packages(cfg.DATASETS.TEST)
     if comm.is_main_process():
         doctor.tell(doctor.examine_files(cfg, overrides, eval_only=eval_only))
         doctor.tell(doctor.examine_batch(cfg, overrides, eval_only=eval_only))
@@ -374,6 +375,10 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):
+        return build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> ReplayableLoader:

@@ -1,11 +1,13 @@
 """COCO metrics of boxes and masks, by hotcoco: pycocotools' numbers, in a fraction of its time."""
 
+import contextlib
+import importlib.util
 import itertools
 import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import hotcoco
@@ -33,6 +35,12 @@ from ..files import write_file
 logger = logging.getLogger(__name__)
 
 TASKS = ("bbox", "segm")
+_PACKAGES = {
+    "lvis": "lvis",
+    "cityscapes_instance": "cityscapesscripts",
+    "cityscapes_sem_seg": "cityscapesscripts",
+    "coco_panoptic_seg": "panopticapi",
+}
 # The places of the summary metrics in COCO's list of twelve.
 METRICS = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR100": 8}
 
@@ -197,10 +205,60 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, folder: str = "inference") 
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
 
 
+def check_packages(names: Sequence[str]) -> None:
+    """Checks that the packages are there with which data sets are evaluated, which Detectron2 imports late.
+
+    Raises:
+        UserError: one is missing.
+    """
+    for name in names:
+        kind = MetadataCatalog.get(name).get("evaluator_type") or "coco"
+        package = _PACKAGES.get(kind)
+        if package and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"the data set {name} is evaluated as {kind}, for which the package {package} is missing: install it, "
+                "or set DATASETS.TEST ()"
+            )
+
+
 def _read_labels(path: str, copy: bool = False, dtype: type | None = None) -> np.ndarray:
     """A picture of labels, (H, W); Detectron2's own reader asks for it without a copy, which NumPy 2 refuses."""
     with PathManager.open(path, "rb") as file:
         return np.asarray(Image.open(file), dtype=dtype)
+
+
+class _CityscapesInstanceEvaluator(CityscapesInstanceEvaluator):
+    """Detectron2's, whose package writes a file into the working folder, which fails where NumPy is new."""
+
+    def evaluate(self) -> dict | None:
+        import cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling as script
+
+        write = script.writeDict2JSON
+        script.writeDict2JSON = lambda content, file: None if file == "matches.json" else write(content, file)
+        try:
+            with _old_numpy():
+                return super().evaluate()
+        finally:
+            script.writeDict2JSON = write
+
+
+class _LVISEvaluator(LVISEvaluator):
+    def evaluate(self) -> dict | None:
+        with _old_numpy():
+            return super().evaluate()
+
+
+@contextlib.contextmanager
+def _old_numpy() -> Iterator[None]:
+    """Names that the packages of LVIS and Cityscapes call, and that new NumPys have no more."""
+    added = {name: value for name, value in (("in1d", np.isin), ("float", float)) if name not in vars(np)}
+    for name, value in added.items():
+        setattr(np, name, value)
+    try:
+        yield
+    finally:
+        for name in added:
+            delattr(np, name)
 
 
 def _evaluators(kind: str, cfg: CfgNode, name: str, folder: str) -> list[DatasetEvaluator]:
@@ -216,13 +274,13 @@ def _evaluators(kind: str, cfg: CfgNode, name: str, folder: str) -> list[Dataset
     if kind == "coco_panoptic_seg":
         evaluators.append(COCOPanopticEvaluator(name, folder))
     if kind == "cityscapes_instance":
-        evaluators.append(CityscapesInstanceEvaluator(name))
+        evaluators.append(_CityscapesInstanceEvaluator(name))
     if kind == "cityscapes_sem_seg":
         evaluators.append(CityscapesSemSegEvaluator(name))
     if kind == "pascal_voc":
         evaluators.append(PascalVOCDetectionEvaluator(name))
     if kind == "lvis":
-        evaluators.append(LVISEvaluator(name, model_tasks(cfg), output_dir=folder))
+        evaluators.append(_LVISEvaluator(name, model_tasks(cfg), output_dir=folder))
     return evaluators
 
 

@@ -13,12 +13,11 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import build_augmentation, convert_PIL_to_numpy
 from detectron2.data.transforms import AugInput
-from detectron2.solver import build_lr_scheduler
 from PIL import Image
 
 from ...checkpoint.convert import build_meta_model
 from ...errors import UserError
-from ...solver import build_optimizer
+from ...solver import build_lr_scheduler, build_optimizer
 from .finding import Finding
 from .values import default_values
 

@@ -30,6 +30,8 @@ def examine_dataset(name: str, *, every_image: bool = False) -> list[Finding]:
     """Faults of a data set; of its images, a sample is opened, or each with ``every_image``."""
     metadata = MetadataCatalog.get(name)
     json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
+    if metadata.get("evaluator_type", "coco") != "coco":
+        return []  # LVIS names its images otherwise, for one
     if not json_file or not image_root or not Path(json_file).is_file() or not Path(image_root).is_dir():
         return []  # not COCO's format, or use_datasets has said so
     stat = os.stat(json_file)

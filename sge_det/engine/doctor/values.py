@@ -142,6 +142,7 @@ _RULES: dict[str, Rule] = {
             ("POOLER_TYPE", _POOLER),
         )
     },
+    "MODEL.ROI_MASK_HEAD.POOLER_TYPE": _or(_POOLER, ""),
     **{f"MODEL.ROI_{head}_HEAD.NUM_CONV": _LAYERS for head in ("BOX", "MASK")},
     **{f"MODEL.ROI_{head}_HEAD.CONV_DIM": _CHANNELS for head in ("BOX", "MASK")},
     "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": _each(_CHANNELS),
@@ -204,7 +205,9 @@ _RULES: dict[str, Rule] = {
     "DATALOADER.NUM_WORKERS": _whole(0, max(64, 4 * (os.cpu_count() or 1))),
     "DATALOADER.SAMPLER_TRAIN": _choice("TrainingSampler", "RepeatFactorTrainingSampler"),
     "DATALOADER.REPEAT_THRESHOLD": _NOT_NEGATIVE,
-    "SOLVER.LR_SCHEDULER_NAME": _choice("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"),
+    "SOLVER.LR_SCHEDULER_NAME": _choice(
+        "WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR", "WarmupPolyLR"
+    ),
     "SOLVER.MAX_ITER": _whole(1),
     "SOLVER.BASE_LR": _NOT_NEGATIVE,
     "SOLVER.BASE_LR_END": _NOT_NEGATIVE,
