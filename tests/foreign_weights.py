@@ -132,6 +132,25 @@ def mmdet_state(model, name):
     return found
 
 
+def mmdet2_state(model, name):
+    """The same as mmdetection 2 and 3 have it: heads in one of their own, the background last and without a box."""
+    found, ours = mmdet_state(model, name), model.state_dict()
+    if name == "retinanet":
+        return found
+    later = {}
+    for key, value in found.items():
+        part, kind = key.rsplit(".", 1)
+        stage = f"{part.split('.')[1]}." if part.count(".") == 2 else ""
+        if part.endswith("fc_cls"):
+            value = ours[f"roi_heads.box_predictor.{stage}cls_score.{kind}"]
+        elif part.endswith("fc_reg"):
+            value = ours[f"roi_heads.box_predictor.{stage}bbox_pred.{kind}"]
+        elif part.endswith("conv_logits"):
+            value = ours[f"roi_heads.mask_head.predictor.{kind}"]
+        later[f"roi_head.{key}" if key.startswith(("bbox_head", "mask_head")) else key] = value
+    return later
+
+
 def background_first(rows):
     return torch.cat([rows[-1:], rows[:-1]])
 

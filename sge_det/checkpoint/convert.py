@@ -147,7 +147,7 @@ class Conversion:
         if known:
             values = " ".join(f"{key} {shlex.quote(str(value).replace(' ', ''))}" for key, value in known.items())
             lines.append(f"use it with: {values}")
-        if len(known) < 4:
+        if not source.recipe.is_whole:
             lines.append("the file does not say all of channel order, mean/std and stride: set what it had")
         return lines
 

@@ -87,7 +87,7 @@ def to_detectron2(source: Source) -> Renamed:
         state, origins = convert_c2_detectron_names(dict(state))
     else:
         origins = {key: key for key in state}
-    rename = _mmdet_rename(source) if source.kind.startswith("mmdet-") else _RENAME[source.kind]
+    rename = _mmdet_rename(source) if source.kind.startswith("mmdet") else _RENAME[source.kind]
     result = Renamed()
     for key, value in state.items():
         reason = next((why for pattern, why in _DROPPED if re.fullmatch(pattern, key)), None)
@@ -179,7 +179,13 @@ _RENAME = {
 
 
 def _mmdet_rename(source: Source) -> Callable[[str, Tensor], tuple[str, Transform | None] | tuple[None, str] | None]:
-    retinanet, cascade = source.kind == "mmdet-retinanet", source.kind == "mmdet-cascade"
+    retinanet, cascade = source.kind.endswith("-retinanet"), source.kind.endswith("-cascade")
+    # from version 2 on the background is the last class, as in Detectron2, and has neither box nor mask
+    is_later = source.kind.startswith("mmdet2-")
+    scores_of, boxes_of, masks_of = (
+        (None, None, None) if is_later else (_background_last, _without_background_box, _without_background)
+    )
+    start = "roi_head." if is_later and not retinanet else ""
     first_level = 3 if retinanet else 2
     state = source.state
     anchors = _RATIOS
@@ -209,10 +215,16 @@ def _mmdet_rename(source: Source) -> Callable[[str, Tensor], tuple[str, Transfor
         if part := re.fullmatch(r"shared_fcs\.(\d+)", layer):
             return f"roi_heads.box_head.{stage}fc{int(part[1]) + 1}.{kind}", None
         if layer == "fc_cls":
-            return f"roi_heads.box_predictor.{stage}cls_score.{kind}", _background_last
+            return f"roi_heads.box_predictor.{stage}cls_score.{kind}", scores_of
         if layer == "fc_reg":
-            agnostic = _sizes(state, key, source.path)[0] == 4
-            return f"roi_heads.box_predictor.{stage}bbox_pred.{kind}", None if agnostic else _without_background_box
+            own = f"{start}{key}"
+            boxes, scores = (_sizes(state, name, source.path)[0] for name in (own, own.replace("fc_reg", "fc_cls")))
+            if boxes not in (4, 4 * (scores - is_later)):
+                raise UserError(
+                    f"{source.path} is {source.description}, but has {boxes} numbers of boxes for {scores} scores: it "
+                    "is another model"
+                )
+            return f"roi_heads.box_predictor.{stage}bbox_pred.{kind}", None if boxes == 4 else boxes_of
         return None
 
     def retina_head(key: str) -> tuple[str, Transform | None] | None:
@@ -232,8 +244,8 @@ def _mmdet_rename(source: Source) -> Callable[[str, Tensor], tuple[str, Transfor
         if part := re.fullmatch(r"mask_head\.upsample\.(weight|bias)", key):
             return f"roi_heads.mask_head.deconv.{part[1]}", None
         if part := re.fullmatch(r"mask_head\.conv_logits\.(weight|bias)", key):
-            agnostic = _sizes(state, key, source.path)[0] == 1
-            return f"roi_heads.mask_head.predictor.{part[1]}", None if agnostic else _without_background
+            agnostic = _sizes(state, f"{start}{key}", source.path)[0] == 1
+            return f"roi_heads.mask_head.predictor.{part[1]}", None if agnostic else masks_of
         return None
 
     def rename(key: str, value: Tensor) -> tuple[str, Transform | None] | tuple[None, str] | None:
@@ -248,6 +260,9 @@ def _mmdet_rename(source: Source) -> Callable[[str, Tensor], tuple[str, Transfor
         if part := re.fullmatch(r"rpn_head\.rpn_(conv|cls|reg)\.(weight|bias)", key):
             name = {"conv": "conv", "cls": "objectness_logits", "reg": "anchor_deltas"}[part[1]]
             return f"proposal_generator.rpn_head.{name}.{part[2]}", None
+        if not key.startswith(start):
+            return None
+        key = key.removeprefix(start)
         if key.startswith("bbox_head."):
             return retina_head(key) if retinanet else box_head(key)
         return mask_head(key) if key.startswith("mask_head.") else None

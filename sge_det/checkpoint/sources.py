@@ -1,8 +1,9 @@
 """What a weights file is: its kind, told by its keys, and what its images must look like."""
 
+import functools
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ KINDS = {
     "mmdet-mask": "the release's Mask R-CNN (mmdetection)",
     "mmdet-cascade": "the release's Cascade R-CNN (mmdetection)",
     "mmdet-retinanet": "the release's RetinaNet (mmdetection)",
+    "mmdet2-faster": "a Faster R-CNN of mmdetection 2 or 3",
+    "mmdet2-mask": "a Mask R-CNN of mmdetection 2 or 3",
+    "mmdet2-cascade": "a Cascade R-CNN of mmdetection 2 or 3",
+    "mmdet2-retinanet": "a RetinaNet of mmdetection 2 or 3",
     "": "something else",
 }
 
@@ -41,12 +46,14 @@ class Recipe:
         channel_order: "RGB" or "BGR".
         pixel_mean, pixel_std: three numbers of images in 0-255, in ``channel_order``.
         stride_in_1x1: a bottleneck's stride is in its first 1x1 convolution, not in its 3x3.
+        heads: the config keys of ``HEADS`` that the heads of a detector were trained with, with their values.
     """
 
     channel_order: str | None = None
     pixel_mean: tuple[float, ...] | None = None
     pixel_std: tuple[float, ...] | None = None
     stride_in_1x1: bool | None = None
+    heads: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of_config(cls, cfg: CfgNode) -> "Recipe":
@@ -61,8 +68,9 @@ class Recipe:
     @classmethod
     def of_metadata(cls, metadata: Mapping[str, Any]) -> "Recipe":
         """What the metadata of a file says; unknown where it says nothing."""
-        values = {name: metadata.get(name) for name in cls.__dataclass_fields__}
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        values = {name: metadata.get(name) for name in cls.__dataclass_fields__ if name != "heads"}
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cls(**values, heads=dict(metadata.get("heads") or {}))
 
     def overrides(self) -> dict[str, Any]:
         """The config keys that hold what is known, with their values."""
@@ -72,7 +80,12 @@ class Recipe:
             "MODEL.PIXEL_STD": self.pixel_std and list(self.pixel_std),
             "MODEL.RESNETS.STRIDE_IN_1X1": self.stride_in_1x1,
         }
-        return {key: value for key, value in keys.items() if value is not None}
+        return {key: value for key, value in keys.items() if value is not None} | self.heads
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that images must look like is known."""
+        return None not in (self.channel_order, self.pixel_mean, self.pixel_std, self.stride_in_1x1)
 
     def contradictions(self, cfg: CfgNode) -> dict[str, tuple[Any, Any]]:
         """The config keys that contradict what is known: key -> (value in ``cfg``, value it should have)."""
@@ -81,6 +94,8 @@ class Recipe:
         for key, value in self.overrides().items():
             if key.endswith("STRIDE_IN_1X1") and cfg.MODEL.RESNETS.DEPTH < 50:
                 continue  # basic blocks have no 1x1 convolution
+            if key in self.heads:
+                have[key] = functools.reduce(lambda node, name: node[name], key.split("."), cfg)
             near = have[key] == value
             if isinstance(value, list):
                 near = all(abs(a - b) < 0.5 for a, b in zip(have[key], value, strict=True))
@@ -90,7 +105,10 @@ class Recipe:
 
     def metadata(self) -> dict[str, Any]:
         """As :meth:`of_metadata` reads it."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        if not values["heads"]:
+            del values["heads"]
+        return values
 
 
 _MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -102,10 +120,16 @@ _RAW = ("state_dict", "model_state_dict", "model", "net", "student")
 _AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "teacher")
 _PAIRS = (("student.", "teacher."), ("model.", "ema."), ("model.", "model_ema."), ("model.", "ema_model."))
 _PREFIXES = ("module.", "model.", "net.", "ema_model.")
-_LATER_MMDET = (
-    "is not converted: its classes and anchors are laid out otherwise than in the release's 0.6 to 1.0; convert its "
-    "backbone alone, or take the release's weights"
-)
+
+# Where the heads look, and the values that are in use: what Detectron2's own files say nothing of, and a detector of
+# another toolbox loses accuracy by without a word.
+HEADS = {
+    "MODEL.ANCHOR_GENERATOR.OFFSET": (0.0, 0.5),
+    "MODEL.ROI_BOX_HEAD.POOLER_TYPE": ("ROIAlign", "ROIAlignV2"),
+    "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": (0, 2),
+    "MODEL.ROI_MASK_HEAD.POOLER_TYPE": ("ROIAlign", "ROIAlignV2"),
+    "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO": (0, 2),
+}
 
 # Of mmdetection's config, in characters; it is searched for a few words.
 _LONGEST_CONFIG = 100_000
@@ -168,7 +192,7 @@ class Source:
     @property
     def is_detector(self) -> bool:
         """It holds more than a backbone."""
-        return self.kind == "detectron2-detector" or self.kind.startswith("mmdet-")
+        return self.kind == "detectron2-detector" or self.kind.startswith("mmdet")
 
     def metadata(self) -> dict[str, Any]:
         """What a converted file says of where it came from."""
@@ -198,7 +222,7 @@ def read_source(path: str, *, strict: bool = True, weights_of: str | None = None
     state = as_tensors(chosen, path)
     try:
         kind = identify(state, path)
-        _check_mmdet(kind, checkpoint, path)
+        kind = _mmdet_kind(kind, checkpoint)
     except UserError:
         if strict:
             raise
@@ -229,11 +253,18 @@ def _check_metadata(checkpoint: Mapping[str, Any], path: str) -> None:
         "pixel_std": (lambda value: _are_three_numbers(value) and all(value), "three numbers other than 0"),
         "stride_in_1x1": (lambda value: isinstance(value, bool), "true or false"),
         "transplanted": (lambda value: isinstance(value, bool), "true or false"),
+        "heads": (_are_of_heads, f"a table of {', '.join(HEADS)}"),
     }
     for name, (holds, what) in wanted.items():
         value = metadata.get(name)
-        if value is not None and not (isinstance(value, str | bool | list | tuple) and holds(value)):
+        if value is not None and not (isinstance(value, str | bool | list | tuple | dict) and holds(value)):
             raise UserError(f"{path}: its metadata has no {name} that can be used: {what} must stand there")
+
+
+def _are_of_heads(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        key in HEADS and type(own) in (int, float, str) and own in HEADS[key] for key, own in value.items()
+    )
 
 
 def _are_three_numbers(value: Any) -> bool:
@@ -241,15 +272,19 @@ def _are_three_numbers(value: Any) -> bool:
     return numbers and all(type(number) in (int, float) and abs(number) < 1e6 for number in value)
 
 
-def _check_mmdet(kind: str, checkpoint: Mapping[str, Any], path: str) -> None:
-    """RetinaNet's names are the same in all versions of mmdetection; its anchors are not."""
+def _mmdet_kind(kind: str, checkpoint: Mapping[str, Any]) -> str:
+    """RetinaNet's names are the same in all versions of mmdetection, its anchors are not: the metadata tell."""
+    return kind.replace("mmdet-", "mmdet2-") if _mmdet_version(checkpoint) >= 2 else kind
+
+
+def _mmdet_version(checkpoint: Mapping[str, Any]) -> int:
+    """The first number of the version of mmdetection that wrote a file, 0 where it does not say."""
     meta = checkpoint["model"].get("meta")
-    if not kind.startswith("mmdet-") or not isinstance(meta, Mapping):
-        return
+    if not isinstance(meta, Mapping):
+        return 0
     version = meta.get("mmdet_version")
-    is_later = isinstance(version, str) and re.match(r"([2-9]|\d{2,})\.", version)
-    if is_later or "mmengine_version" in meta:
-        raise UserError(f"{path} is of mmdetection {str(version or '3')[:20]}, which {_LATER_MMDET}")
+    found = re.match(r"(\d{1,3})\.", version) if isinstance(version, str) else None
+    return int(found[1]) if found else 3 if "mmengine_version" in meta else 0
 
 
 def _unwrap(checkpoint: dict[str, Any], path: str, weights_of: str | None) -> tuple[Mapping[str, Any], str]:
@@ -333,15 +368,20 @@ def identify(state: Mapping[str, Tensor], path: str) -> str:
     Raises:
         UserError: it is of no known kind; says what it has.
     """
-    if any(key.startswith("roi_head.") for key in state):
-        raise UserError(f"{path} is of mmdetection 2 or later (roi_head.), which {_LATER_MMDET}")
     if "backbone.layer1.0.conv1.weight" in state:
         if "bbox_head.retina_cls.weight" in state:
             return "mmdet-retinanet"
-        if "bbox_head.0.fc_cls.weight" in state:
-            return "mmdet-cascade"
-        if "bbox_head.fc_cls.weight" in state:
-            return "mmdet-mask" if "mask_head.conv_logits.weight" in state else "mmdet-faster"
+        # from version 2 on the heads stand in one of their own
+        for family, start in (("mmdet", ""), ("mmdet2", "roi_head.")):
+            if f"{start}bbox_head.0.fc_cls.weight" in state:
+                return f"{family}-cascade"
+            if f"{start}bbox_head.fc_cls.weight" in state:
+                return f"{family}-mask" if f"{start}mask_head.conv_logits.weight" in state else f"{family}-faster"
+        heads = sorted({key.split(".")[0] for key in state} - {"backbone"})
+        raise UserError(
+            f"{path} is a detector of mmdetection that is none of Faster, Mask and Cascade R-CNN and RetinaNet (beside "
+            f"its backbone it has {', '.join(heads)[:100] or 'nothing'}): it is not converted"
+        )
     if "conv1.weight" in state and "layer1.0.conv1.weight" in state:
         if any(is_sge_key(key) for key in state):
             return "sge-imagenet"
@@ -365,8 +405,8 @@ def _recipe(kind: str, checkpoint: Mapping[str, Any], state: Mapping[str, Tensor
         return IMAGENET
     if kind == "caffe2" and _is_msra(state):
         return MSRA
-    if kind.startswith("mmdet-"):
-        return _mmdet_recipe(checkpoint)
+    if kind.startswith("mmdet"):
+        return replace(_mmdet_recipe(checkpoint), heads=_mmdet_heads(kind))
     mean, std = state.get("pixel_mean"), state.get("pixel_std")
     if mean is not None and std is not None and mean.numel() == std.numel() == 3 and not mean.is_complex():
         mean, std = tuple(mean.flatten().tolist()), tuple(std.flatten().tolist())
@@ -381,11 +421,22 @@ def _is_msra(state: Mapping[str, Tensor]) -> bool:
     return not grouped and any("_bn_" in key for key in state)
 
 
+def _mmdet_heads(kind: str) -> dict[str, Any]:
+    """Where the heads of mmdetection look: its anchors moved to the corners of the cells with version 2."""
+    is_later = kind.startswith("mmdet2-")
+    found: dict[str, Any] = {"MODEL.ANCHOR_GENERATOR.OFFSET": 0.0 if is_later else 0.5}
+    for head in () if kind.endswith("retinanet") else ("BOX", "MASK") if kind.endswith("mask") else ("BOX",):
+        found[f"MODEL.ROI_{head}_HEAD.POOLER_TYPE"] = "ROIAlignV2" if is_later else "ROIAlign"
+        found[f"MODEL.ROI_{head}_HEAD.POOLER_SAMPLING_RATIO"] = 0 if is_later else 2
+    return found
+
+
 def _mmdet_recipe(checkpoint: Mapping[str, Any]) -> Recipe:
     # mmdetection keeps the text of its config; the release's are RGB, style "pytorch": stride in the 3x3
     meta = checkpoint["model"].get("meta")
-    text = meta.get("config") if isinstance(meta, Mapping) else None
-    text = text[:_LONGEST_CONFIG] if isinstance(text, str) else ""
+    # "cfg" from version 3 on
+    texts = [meta.get(name) for name in ("config", "cfg")] if isinstance(meta, Mapping) else []
+    text = next((text[:_LONGEST_CONFIG] for text in texts if isinstance(text, str)), "")
 
     def numbers(name: str, default: tuple[float, ...]) -> tuple[float, ...]:
         found = re.search(rf"\b{name}\s*=\s*[\[(]([^\])]{{0,200}})[\])]", text)

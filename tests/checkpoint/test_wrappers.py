@@ -93,18 +93,25 @@ def test_the_tool_takes_what_is_asked_for(tmp_path, two, call_tool):
     assert torch.equal(raw, two[0]["conv1.weight"]) and torch.equal(averaged, two[1]["conv1.weight"])
 
 
-@pytest.mark.parametrize("name", ["faster_rcnn", "retinanet"])
-def test_later_mmdetection_is_refused_as_such(tmp_path, name):
-    state = mmdet_state(detector(name)[1], name)
+@pytest.mark.parametrize(
+    ("meta", "kind", "offset"),
+    [
+        ({}, "mmdet-retinanet", 0.5),
+        ({"mmdet_version": "0.6.0+d3a1", "config": ""}, "mmdet-retinanet", 0.5),
+        ({"mmdet_version": "1.0.0", "config": ""}, "mmdet-retinanet", 0.5),
+        ({"mmdet_version": "2.25.0"}, "mmdet2-retinanet", 0.0),
+        ({"mmdet_version": "3.1.0", "mmengine_version": "0.8"}, "mmdet2-retinanet", 0.0),
+        ({"mmengine_version": "0.8"}, "mmdet2-retinanet", 0.0),
+    ],
+)
+def test_versions_of_mmdetection_are_told_apart_by_their_metadata(tmp_path, meta, kind, offset):
+    """RetinaNet's keys are the same in all of them."""
+    state = mmdet_state(detector("retinanet")[1], "retinanet")
     path = str(tmp_path / "w.pth")
-    torch.save({"state_dict": state, "meta": {"mmdet_version": "1.0.0", "config": ""}}, path)
-    assert read_source(path).kind.startswith("mmdet-")
-    if name == "faster_rcnn":  # the heads' names changed with version 2
-        state = {key.replace("bbox_head.", "roi_head.bbox_head."): value for key, value in state.items()}
-    for meta in ({"mmdet_version": "2.25.0"}, {"mmdet_version": "3.1.0", "mmengine_version": "0.8"}):
-        torch.save({"state_dict": state, "meta": meta}, path)
-        with pytest.raises(UserError, match=r"of mmdetection .* is not converted"):
-            convert_file(path, str(tmp_path / "out.pth"))
+    torch.save({"state_dict": state, "meta": meta}, path)
+    source = read_source(path)
+    assert source.kind == kind
+    assert source.recipe.heads == {"MODEL.ANCHOR_GENERATOR.OFFSET": offset}
 
 
 def integers(value):

@@ -6,7 +6,7 @@ from detectron2.config import CfgNode
 from ...checkpoint.checksums import unusable
 from ...checkpoint.convert import Coverage, coverage, in_backbone, model_shapes
 from ...checkpoint.mapping import to_detectron2
-from ...checkpoint.sources import Recipe, Source, known_recipe, read_source
+from ...checkpoint.sources import HEADS, Recipe, Source, known_recipe, read_source
 from ...config import STAGES, SGEOptions
 from ...errors import UserError
 from ...layers.attention import KEYS, is_sge_key
@@ -54,8 +54,14 @@ def examine_weights(cfg: CfgNode, options: SGEOptions) -> list[Finding]:
 
 
 def _contradictions(cfg: CfgNode, recipe: Recipe) -> list[Finding]:
+    # heads adapt to other anchors and poolers where they are trained on
     return [
-        Finding("error", key, f"it is {have}, but {cfg.MODEL.WEIGHTS} was trained with {want}", f"set {key} {want}")
+        Finding(
+            "warning" if key in HEADS else "error",
+            key,
+            f"it is {have}, but {cfg.MODEL.WEIGHTS} was trained with {want}",
+            f"set {key} {want}",
+        )
         for key, (have, want) in recipe.contradictions(cfg).items()
     ]
 
