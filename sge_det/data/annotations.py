@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import stat
 import tempfile
 import zlib
@@ -102,9 +103,12 @@ def _read(path: str, time: int, size: int) -> Annotations:
     """``time`` and ``size`` tell states of the file apart."""
     data, notes = _bytes(path, size)
     try:
+        encoding = json.detect_encoding(data)
+        if not encoding.startswith("utf-8"):
+            notes.append(f"it was written in {encoding.upper()}")
         whole = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {str(error)[:200]}") from error
+        raise UserError(f"{path} is not JSON{_what_else(data)}: {str(error)[:200]}") from error
     del data
     return _Reader(path, whole, notes).annotations()
 
@@ -129,6 +133,57 @@ def _bytes(path: str, size: int) -> tuple[bytes, list[str]]:
     return data, notes
 
 
+# How files begin that are no JSON, and what to do with them.
+_BEGINNINGS = {
+    b"PK": "a zip archive: unpack it, and name the JSON file in it",
+    b"version https://git-lfs": "a pointer of Git LFS: fetch the file itself with 'git lfs pull'",
+    b"<": "XML or HTML: export COCO's format",
+    b"{'": "Python's notation, with other quotes than JSON's: write it with json.dump",
+    b"": "an empty file",
+}
+
+
+def _what_else(data: bytes) -> str:
+    """What a file that is no JSON is instead, as far as its beginning tells: " but ..."."""
+    start = data[:4096].lstrip()
+    for beginning, what in _BEGINNINGS.items():
+        if start.startswith(beginning) if beginning else not start:
+            return f", but {what}"
+    lines = [line for line in start.split(b"\n")[:2] if line.strip()]
+    if len(lines) == 2 and all(line.strip()[:1] == b"{" and line.strip()[-1:] == b"}" for line in lines):
+        return ", but a JSON value in each line (NDJSON, ODGT): convert it to COCO's format"
+    return ""
+
+
+# What other tools' own formats have in them, and COCO's has not; of lists, in their first entry.
+_FORMATS = {
+    "Label Studio's own JSON": ("data", "annotations"),
+    "Labelme's": ("shapes", "imagePath"),
+    "VIA's own project": ("_via_img_metadata",),
+    "Supervisely's": ("objects", "size"),
+    "V7 Darwin's": ("item", "annotations"),
+    "Hasty's": ("project_name", "label_classes"),
+    "Encord's": ("label_hash",),
+    "Scale's": ("task_id", "response"),
+    "Labelbox's": ("data_row", "projects"),
+    "COCO's results, which are detections and no annotations": ("image_id", "score"),
+    "predictions of Ultralytics": ("name", "confidence", "box"),
+}
+
+
+def _other_format(whole: Any) -> str:
+    """Whose format a JSON value is in that is not COCO's, in a few words; "" where its keys do not tell."""
+    sample = whole[0] if isinstance(whole, list) and whole else whole
+    if not isinstance(sample, dict):
+        return ""
+    tool = next((tool for tool, keys in _FORMATS.items() if all(key in sample for key in keys)), None)
+    return f"; it looks like {tool}: export or convert it to COCO's" if tool else ""
+
+
+# Fields of COCO's other formats and of its kin.
+_KINDS = {"segments_info": "COCO's panoptic format", "neg_category_ids": "LVIS's format"}
+
+
 class _Reader:
     """One pass over what a file holds; entries that need an adjustment are changed in ``whole`` as well."""
 
@@ -144,7 +199,9 @@ class _Reader:
             has_annotations = False
         for key in ("images", *(("annotations",) if has_annotations else ()), "categories"):
             if not isinstance(whole, dict) or not isinstance(whole.get(key), list):
-                raise UserError(f"{self.path} is not in COCO's instance format: it has no list {key!r}")
+                raise UserError(
+                    f"{self.path} is not in COCO's instance format: it has no list {key!r}{_other_format(whole)}"
+                )
         for key in ("images", "categories"):
             if not whole[key]:
                 raise UserError(f"{self.path} has no {key}")
@@ -152,6 +209,8 @@ class _Reader:
         categories = [self._category(entry) for entry in self._entries("categories", ("id", "name"))]
         sizes = self._unique("images", images, lambda image: (image["height"], image["width"]))
         names = self._unique("categories", categories, lambda category: category["name"])
+        self._number_texts()
+        self._look_at_files(images)
         needed = ("id", "image_id", "category_id", "bbox")
         entries = self._entries("annotations", needed) if has_annotations else []
         objects = [self._object(entry, sizes, names) for entry in entries]
@@ -178,7 +237,8 @@ class _Reader:
                 )
             for name in fields:
                 if name not in entry:
-                    raise UserError(f"{self.path}: entry {place} of {key} lacks {name!r}: {_shown(entry)}")
+                    why = next((f", as {kind} has it" for mark, kind in _KINDS.items() if mark in entry), "")
+                    raise UserError(f"{self.path}: entry {place} of {key} lacks {name!r}{why}: {_shown(entry)}")
             yield entry
 
     def _unique(self, key: str, entries: list[dict], value: Callable[[dict], Any]) -> dict[int, Any]:
@@ -188,8 +248,26 @@ class _Reader:
             raise UserError(f"{self.path}: the ids of {key} are not unique, {twice} is there twice: number them anew")
         return found
 
+    def _number_texts(self) -> None:
+        """Numbers annotations whose ids are texts, such as UUIDs: no training and no metric reads them."""
+        entries = [entry for entry in self.whole.get("annotations", []) if isinstance(entry, dict)]
+        texts = sum(isinstance(entry.get("id"), str) for entry in entries)
+        if texts:
+            for number, entry in enumerate(entries, 1):
+                entry["id"] = number
+            self.adjusted["annotations were numbered, as their ids are texts"] = texts
+
+    def _look_at_files(self, images: list[dict]) -> None:
+        names = Counter(image["file_name"] for image in images)
+        twice = [image["id"] for image in images if names[image["file_name"]] > 1]
+        if twice:
+            self.told["images share their file with another, whose objects they lack: merge them"] = twice
+
     def _whole_number(self, entry: dict, name: str, where: str, least: int, most: int) -> int:
         value = entry[name]
+        if isinstance(value, str) and re.fullmatch(r"0|[1-9][0-9]{0,14}", value) and name.endswith("id"):
+            value = entry[name] = int(value)
+            self.adjusted[f"ids written as texts were read as the numbers that they are, in the field {name!r}"] += 1
         if type(value) is float and value.is_integer():
             value = entry[name] = int(value)
             self.adjusted[f"whole numbers written with a point were read as whole numbers, in the field {name!r}"] += 1

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def register_dataset(name: str, json_file: str, image_root: str) -> Annotations:
     if missing:
         raise UserError(
             f"data set {name}: {len(missing)} of {len(content['images'])} images that {json_file} names are not in "
-            f"{image_root}, the first is {missing[0]}"
+            f"{image_root}, the first is {missing[0][:200]}{missing_hint(missing[0], image_root)}"
         )
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
@@ -78,6 +79,30 @@ def _mirrored(points: Sequence[str]) -> list[tuple[str, str]]:
 def missing_images(images: Sequence[dict], image_root: str) -> list[str]:
     """The file names of those of COCO's ``images`` that are not in ``image_root``."""
     return [image["file_name"] for image in images if not Path(image_root, image["file_name"]).is_file()]
+
+
+def missing_hint(name: str, image_root: str) -> str:
+    """Why an image may be missing, behind a colon; "" where nothing tells."""
+    path, root = Path(image_root, name), Path(image_root)
+    base = name.replace("\\", "/").rsplit("/", 1)[-1]
+    if "://" in name:
+        return ": that is an address; download the images, and let file_name be their names"
+    if path.is_symlink():
+        return ": it is a link that leads nowhere"
+    if path.is_dir():
+        return ": it is a folder"
+    if "\\" in name:
+        return ": its folders are parted by \\; write / in file_name"
+    if base != name and (root / base).is_file():
+        return f": {base} is there; name the folder above, or take the folder out of file_name"
+    like = unicodedata.normalize("NFC", base.strip()).casefold()
+    folder = path.parent
+    near = sorted(os.listdir(folder)) if folder.is_dir() else []
+    found = next((other for other in near if unicodedata.normalize("NFC", other).casefold() == like), None)
+    if found is not None:
+        return f": {found} is there, written otherwise (capitals, spaces or accents); rename one of them"
+    stem = next((other for other in near if Path(other).stem == Path(base).stem), None)
+    return f": {stem} is there, which ends otherwise" if stem else ""
 
 
 def use_datasets(

@@ -26,6 +26,8 @@ def image_fault(file: str | os.PathLike[str], size: Sequence[int] | None = None,
     try:
         if not stat.S_ISREG(os.stat(file).st_mode):
             return "cannot be read: it is no regular file"
+        if not os.path.getsize(file):
+            return "cannot be read: it is empty"
         with warnings.catch_warnings():
             # between Pillow's two bounds an image is large, and no bomb
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -49,10 +51,12 @@ def _head_fault(image: Image.Image, size: Sequence[int] | None) -> str | None:
         return f"it is {width}x{height}, too thin to be resized: cut it into pieces"
     if size is None:
         return None
-    if image.getexif().get(_EXIF_ORIENTATION) in _TURNED:
+    is_turned = image.getexif().get(_EXIF_ORIENTATION) in _TURNED
+    if is_turned:
         width, height = height, width
     if (height, width) != tuple(size):
-        return f"it is {width}x{height}, its annotations say {size[1]}x{size[0]} (width x height)"
+        how = ", as its EXIF orientation turns it" if is_turned else ""
+        return f"it is {width}x{height}{how}, its annotations say {size[1]}x{size[0]} (width x height)"
     return None
 
 

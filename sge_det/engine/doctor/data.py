@@ -7,7 +7,7 @@ from pathlib import Path
 from detectron2.data import MetadataCatalog
 
 from ...data.annotations import read_annotations
-from ...data.datasets import missing_images
+from ...data.datasets import missing_hint, missing_images
 from ...data.images import image_faults
 from ...errors import UserError
 from .finding import Finding
@@ -59,8 +59,10 @@ def _dataset_faults(
             faults.append(("warning", f"in {json_file} {problem} ({len(ids)}: ids {some})", remedy))
     missing = missing_images(images, image_root)
     if missing:
+        hint = missing_hint(missing[0], image_root)
         problem = (
-            f"{len(missing)} of the {len(images)} images of {json_file} are not in {image_root} ({missing[0]}, ...)"
+            f"{len(missing)} of the {len(images)} images of {json_file} are not in {image_root} "
+            f"({missing[0][:200]}, ...){hint}"
         )
         faults.append(("error", problem, "put them there, or name the folder that holds them"))
         return faults

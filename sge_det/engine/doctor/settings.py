@@ -193,7 +193,10 @@ def missing_weights(cfg: CfgNode) -> list[Finding]:
 
 def _learning_rate(cfg: CfgNode) -> list[Finding]:
     solver = cfg.SOLVER
-    is_recipe = any(name.startswith("coco_") for name in cfg.DATASETS.TRAIN) and optimizer_name(cfg) == "SGD"
+    is_recipe = (
+        any(name.startswith(("coco_2014_", "coco_2017_")) for name in cfg.DATASETS.TRAIN)
+        and optimizer_name(cfg) == "SGD"
+    )
     if not is_recipe or solver.IMS_PER_BATCH < 1:
         return []
     base = _RETINANET_BASE_LR if head_section(cfg) == "RETINANET" else _BASE_LR
