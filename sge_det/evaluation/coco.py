@@ -104,6 +104,11 @@ def _points(fraction: float) -> float:
 
 # Of an image's id; above it numbers of floating point leave some out.
 _MOST_ID = 1 << 53
+_COUNTING = {
+    "images": ("id", "height", "width"),
+    "categories": ("id", "name"),
+    "annotations": ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation"),
+}
 
 
 class HotcocoEvaluator(COCOEvaluator):
@@ -144,7 +149,7 @@ class HotcocoEvaluator(COCOEvaluator):
 
     def _evaluate(self, results: list[dict], task: str, img_ids: Sequence[int] | None):
         if task in TASKS and self._max_dets_per_image[-1] == 100:
-            content, results, img_ids = _with_plain_ids(self._coco_api.dataset, results, img_ids)
+            content, results, img_ids = _for_hotcoco(self._coco_api.dataset, results, img_ids)
             return evaluate_detections(hotcoco.COCO(content), results, task, img_ids)
         if not results:
             return None
@@ -158,24 +163,32 @@ class HotcocoEvaluator(COCOEvaluator):
         )
 
 
-def _with_plain_ids(
+def _for_hotcoco(
     content: dict, results: Sequence[dict], image_ids: Sequence | None
 ) -> tuple[dict, Sequence[dict], Sequence[int] | None]:
-    """Ground truth, detections and images with ids that hotcoco takes, where an image has none: a text, or too large.
+    """Ground truth, detections and images as hotcoco takes them: what counts alone, and whole numbers for ids.
 
-    Sets that a function makes have any ids; they are numbered in the order of the images.
+    It parses all that a file holds against fixed types, which exporters do not keep; and sets that a function makes
+    have ids of any kind, which are numbered in the order of the images.
     """
     ids = [image["id"] for image in content["images"]]
-    if all(type(number) is int and 0 <= number <= _MOST_ID for number in ids):
-        return content, results, image_ids
-    numbers = {own: number for number, own in enumerate(ids)}
+    are_plain = all(type(number) is int and 0 <= number <= _MOST_ID for number in ids)
+    numbers = dict(zip(ids, ids if are_plain else range(len(ids)), strict=True))
 
-    def numbered(entries: Sequence[dict]) -> list[dict]:
+    def taken(key: str) -> list[dict]:
+        return [{name: entry[name] for name in _COUNTING[key] if name in entry} for entry in content[key]]
+
+    def numbered(entries: Sequence[dict]) -> Sequence[dict]:
         return [{**entry, "image_id": numbers[entry["image_id"]]} for entry in entries]
 
-    images = [{**image, "id": numbers[image["id"]]} for image in content["images"]]
-    content = {**content, "images": images, "annotations": numbered(content["annotations"])}
-    return content, numbered(results), None if image_ids is None else [numbers[own] for own in image_ids]
+    objects = numbered(taken("annotations"))
+    if not all(type(entry["id"]) is int and 0 <= entry["id"] <= _MOST_ID for entry in objects):
+        objects = [{**entry, "id": number} for number, entry in enumerate(objects, 1)]
+    images = [{**image, "id": numbers[image["id"]]} for image in taken("images")]
+    plain = {"images": images, "annotations": objects, "categories": taken("categories")}
+    if are_plain:
+        return plain, results, image_ids
+    return plain, numbered(results), None if image_ids is None else [numbers[own] for own in image_ids]
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, folder: str = "inference") -> DatasetEvaluator:

@@ -129,7 +129,7 @@ def test_proposals_of_test_sets_are_asked_for(registered):
 @pytest.mark.parametrize("sound", [True, False])
 def test_no_word_of_default_data_sets_beside_a_data_set_of_ones_own(sample_datasets, tmp_path, sound):
     """COCO's recipe asks for other learning rates, and its files are not here: neither is this person's matter."""
-    name, json_file, images = sample_datasets[0]
+    _, json_file, images = sample_datasets[0]
     own = ("coco_mine_train", json_file if sound else str(tmp_path / "no.json"), images)
     weights = ["MODEL.WEIGHTS", "", "MODEL.BACKBONE.FREEZE_AT", "0", "SOLVER.BASE_LR", "0.5"]
     findings = diagnose("COCO-Detection/faster_rcnn_SGE_R_50_FPN_1x.yaml", [*TINY, *weights], [own])
