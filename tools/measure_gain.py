@@ -29,8 +29,10 @@ from sge_det.gain import (
     RunFailed,
     compare_results,
     decide_gain,
+    draw_report,
     measure_gain,
     report_gain,
+    write_figures,
 )
 from sge_det.gain.arms import BUILT_IN
 from sge_det.gain.inference import MARGIN
@@ -107,7 +109,9 @@ def parser() -> argparse.ArgumentParser:
     launch.add_argument("--num-machines", type=int, default=1, help="machines of a run")
     launch.add_argument("--machine-rank", type=int, default=0, help="this machine among them")
     launch.add_argument("--dist-url", default=None, help="where the processes of a run meet")
+    add("--figures", action="store_true", help="write the plots as SVG and PDF too, into OUTPUT/figures")
     compare = arguments.add_argument_group("comparing what exists")
+    compare.add_argument("--draw", metavar="report.json", help="write pages, tables and figures of a report again")
     compare.add_argument("--compare", action="store_true", help="train nothing, compare result files")
     compare.add_argument("--gt", metavar="INSTANCES.json", help="the annotations that the results are of")
     compare.add_argument("--images", metavar="DIR", help="their images, for the gallery")
@@ -148,6 +152,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> Measurement | None:
         return plan(args, overrides)
     if args.output is None:
         raise UserError("give the folder of the runs and the report with --output DIR")
+    if args.draw:
+        return draw(args, overrides)
     if args.compare:
         return compare(args, overrides)
     only_plan = {"--pilot": args.pilot, "--sd": args.sd}
@@ -259,6 +265,13 @@ def plan(args: argparse.Namespace, overrides: list[str]) -> None:
             print(f"{table.markdown()}\n")
 
 
+def draw(args: argparse.Namespace, overrides: list[str]) -> Measurement:
+    idle = {"--compare": args.compare, "--config-file": args.config_file, "--arms": args.arms, "KEY VALUE": overrides}
+    if given := [option for option, value in idle.items() if value]:
+        raise UserError(f"--draw reads a report alone: leave out {', '.join(given)}")
+    return draw_report(args.draw, args.output)
+
+
 def compare(args: argparse.Namespace, overrides: list[str]) -> Measurement:
     if overrides:
         raise UserError(f"--compare trains nothing: leave out {' '.join(overrides)}")
@@ -295,6 +308,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(1)
     if measurement is None:
         return
+    if args.figures:
+        write_figures(Path(args.output), measurement)
     report = measurement.report
     for task in report["tasks"]:
         print(

@@ -1,12 +1,13 @@
 """Measures what an attention module gains: arms, seeds, intervals, a report."""
 
-from .api import compare_results, decide_gain, measure_gain, report_gain
+from .api import compare_results, decide_gain, draw_report, measure_gain, report_gain
 from .arms import Arm, choose_arms
 from .inference import Interval, both_interval, image_interval, outcomes, seed_interval, welch_interval
 from .looks import Looks
 from .matrix import Matrix
 from .measurement import Measurement, measure
 from .processes import Launch, RunFailed
+from .report import write_figures
 from .run import Run
 from .verdict import Question
 
@@ -24,6 +25,7 @@ __all__ = [
     "choose_arms",
     "compare_results",
     "decide_gain",
+    "draw_report",
     "image_interval",
     "measure",
     "measure_gain",
@@ -31,4 +33,5 @@ __all__ = [
     "report_gain",
     "seed_interval",
     "welch_interval",
+    "write_figures",
 ]

@@ -21,7 +21,8 @@ from .matrix import Matrix
 from .measurement import Measurement, check_question, measure
 from .plan import asks_another_question, declare, declared_look, departures
 from .processes import RunFailed, check_jobs
-from .report import Extras, write_numbers, write_page
+from .report import Extras, write_figures, write_numbers, write_page
+from .schema import read_report
 from .verdict import DECLARED, Question, still_learning
 
 logger = logging.getLogger(__name__)
@@ -161,6 +162,7 @@ def report_gain(
             extras.pointing.setdefault(run.arm.name, {})[str(run.seed)] = result["pointing"]
     level = {} if look is None else {"level": look.level}
     measurement = measure(truth, files, seeds=seeds, bootstrap=bootstrap, gates=gates, question=question, **level)
+    measurement.learning = extras.curves
     cfg = matrix.config
     report = measurement.report
     caveats = [caveat for caveat in (arm.caveat(cfg) for arm in matrix.arms) if caveat]
@@ -243,6 +245,31 @@ def compare_results(
     extras.provenance += [(f"arm {name}", ", ".join(map(str, files))) for name, files in arms.items()]
     extras.provenance += _versions()
     _write(output, measurement, extras, truth, arms, None if image_root is None else Path(image_root))
+    return measurement
+
+
+def draw_report(report: str | Path, output: str | Path) -> Measurement:
+    """Writes pages, tables and figures of a ``report.json`` that exists, of schema 1 or 2.
+
+    What is in no report is not drawn: galleries, learning curves, precision and recall.
+
+    Args:
+        report: the file.
+        output: folder of what is written; not that of the file, which would be written over.
+
+    Raises:
+        UserError: the file is no report, or something cannot be written.
+    """
+    output = Path(output)
+    check_folder(output, "--output")
+    if output.resolve() == Path(report).resolve().parent:
+        raise UserError(f"--draw {report} writes a report.json of its own: name another --output")
+    measurement = Measurement(read_report(report))
+    extras = Extras(pointing=measurement.report["pointing"])
+    extras.provenance = [*measurement.report.get("provenance", {}).items(), ("drawn again from", str(report))]
+    write_numbers(output, measurement, extras)
+    write_page(output, measurement, extras)
+    write_figures(output, measurement)
     return measurement
 
 

@@ -31,9 +31,9 @@ from .inference import (
 )
 from .input import GroundTruth, equal_files, has_masks, result_files, tasks_of
 from .origins import origins
+from .schema import SCHEMA
 from .verdict import DECLARED, Evidence, Question, gates_sentence, judge
 
-SCHEMA = 2
 # Fewer samples of the images than these tell a standard error too badly.
 _LEAST_SAMPLES = 200
 
@@ -47,12 +47,14 @@ class Measurement:
         curves: by task, arm: for each seed the precisions (0-1) at the recalls ``curves["recall"]`` for IoU 0.5 and
             0.75: ``{"0.50": [...], "0.75": [...]}``.
         image_scores: by task, arm: for each seed AP50 (0-1) by image id.
+        learning: by arm and seed, what the run logged (``Run.curves``), where arms were trained.
     """
 
     report: dict[str, Any]
     recall: list[float] = field(default_factory=list)
     curves: dict[str, dict[str, list[dict[str, list[float]]]]] = field(default_factory=dict)
     image_scores: dict[str, dict[str, list[dict[int, float]]]] = field(default_factory=dict)
+    learning: dict[str, dict[int, dict[str, list[tuple[int, float]]]]] = field(default_factory=dict)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The pictures of a report, as PNG: colours that colour-blind readers tell apart, markers beside them."""
+"""The pictures of a report: colours that colour-blind readers tell apart, markers beside them."""
 
 import io
 import math
@@ -39,7 +39,7 @@ def _marker(report: dict, name: str) -> str:
 
 
 @_STYLE
-def forest(report: dict) -> bytes:
+def forest(report: dict) -> Figure:
     """Differences from the reference with their intervals, for each metric and arm."""
     primary = report["question"]["metric"]
     rows = list(METRICS) if primary in METRICS else [primary, *METRICS]
@@ -85,7 +85,7 @@ def forest(report: dict) -> bytes:
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
     axes[0].set_ylabel(f"all but {primary} are exploratory")
     _legend(figure, axes[0])
-    return _png(figure)
+    return figure
 
 
 def interval_name(report: dict) -> str:
@@ -112,7 +112,7 @@ def interval(report: dict, difference: dict) -> tuple[float, float]:
 
 
 @_STYLE
-def ap_by_arm(report: dict) -> bytes:
+def ap_by_arm(report: dict) -> Figure:
     """AP of each arm, a dot for each seed; thin lines join the runs of a seed."""
     names = list(report["arms"])
     figure, axes = _figure(4.6, len(report["tasks"]))
@@ -131,11 +131,11 @@ def ap_by_arm(report: dict) -> bytes:
         ax.set_ylabel(f"{TASK_NAMES[task]} AP (points)")
         ax.margins(y=0.15)
         ax.grid(axis="y", alpha=0.3)
-    return _png(figure)
+    return figure
 
 
 @_STYLE
-def category_differences(report: dict) -> bytes:
+def category_differences(report: dict) -> Figure:
     """Differences from the reference by category; of many categories the best and the worst."""
     arms, tasks = list(report["differences"]), report["tasks"]
     first = report["differences"][arms[0]][tasks[0]]
@@ -165,11 +165,11 @@ def category_differences(report: dict) -> bytes:
     axes[0].set_yticks(range(len(names)), [metric.removeprefix("AP-") for metric in names])
     axes[0].set_ylim(len(names) - 0.5, -0.5)
     _legend(figure, axes[0])
-    return _png(figure)
+    return figure
 
 
 @_STYLE
-def error_differences(report: dict) -> bytes:
+def error_differences(report: dict) -> Figure:
     """Differences from the reference by kind of error, with their intervals over the seeds."""
     rows = TIDE | CALIBRATION | CONFUSION
     arms = list(report["differences"])
@@ -197,11 +197,11 @@ def error_differences(report: dict) -> bytes:
     axes[0].set_yticks(range(len(rows)), rows.values())
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
     _legend(figure, axes[0])
-    return _png(figure)
+    return figure
 
 
 @_STYLE
-def learning_curves(report: dict, curves: Curves) -> bytes:
+def learning_curves(report: dict, curves: Curves) -> Figure:
     """Training loss and validation AP over the iterations, a line for each run."""
     keys = ["total_loss", *(f"{task}/AP" for task in report["tasks"])]
     labels = ["training loss", *(f"{TASK_NAMES[task]} AP (points)" for task in report["tasks"])]
@@ -219,11 +219,11 @@ def learning_curves(report: dict, curves: Curves) -> bytes:
         ax.grid(alpha=0.3)
         ax.set_ylim(bottom=0)
     _legend(figure, axes[0])
-    return _png(figure)
+    return figure
 
 
 @_STYLE
-def precision_recall(measurement: Measurement) -> bytes:
+def precision_recall(measurement: Measurement) -> Figure:
     """Precision over recall at IoU 0.5 and 0.75, mean over the categories; thin lines are the seeds."""
     report = measurement.report
     panels = [(task, iou) for task in report["tasks"] for iou in ("0.50", "0.75")]
@@ -247,7 +247,7 @@ def precision_recall(measurement: Measurement) -> bytes:
     for ax in axes[::2]:
         ax.set_ylabel("precision")
     _legend(figure, axes[0])
-    return _png(figure)
+    return figure
 
 
 def _figure(height: float, columns: int, rows: int = 1, **shared) -> tuple[Figure, list[Axes]]:
@@ -265,7 +265,10 @@ def _legend(figure: Figure, ax: Axes) -> None:
         figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6), frameon=False)
 
 
-def _png(figure: Figure) -> bytes:
+@rc_context({"pdf.fonttype": 42, "svg.hashsalt": "sge_det"})
+def rendered(figure: Figure, kind: str = "png") -> bytes:
+    """A picture as the content of a file: "png", "svg" or "pdf", the same for the same picture."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", facecolor="white")
+    dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    figure.savefig(buffer, format=kind, facecolor="white", metadata=dates.get(kind))
     return buffer.getvalue()

@@ -5,19 +5,22 @@ import csv
 import html
 import io
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from ..analysis import pointing
 from ..evaluation.coco import METRICS
 from ..evaluation.error_kinds import CALIBRATION, CONFIDENT, CONFUSION, TIDE
-from ..files import write_file, write_json
+from ..files import make_folder, write_file, write_json
 from ..markdown import escape, escape_line
 from . import plots
 from .gallery import SCORE, GalleryImage
+from .latex import escape_latex
 from .measurement import Measurement
 from .verdict import TASK_NAMES
 
@@ -77,10 +80,31 @@ class Table:
         ]
         return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
+    def csv(self) -> str:
+        """The table for a spreadsheet; text that one would take for a formula has an apostrophe before it."""
+        lines = io.StringIO()
+        csv.writer(lines, lineterminator="\n").writerows([_inert(text) for text in row] for row in self._lines)
+        return lines.getvalue()
+
+    def latex(self) -> str:
+        """The table as a ``tabular`` that needs no package."""
+        header, *rows = (" & ".join(map(escape_latex, row)) + r" \\" for row in self._lines)
+        lines = [rf"\begin{{tabular}}{{l{'r' * (len(self.header) - 1)}}}", r"\hline", header, r"\hline", *rows]
+        return "\n".join([*lines, r"\hline", r"\end{tabular}"]) + "\n"
+
+    @property
+    def _lines(self) -> list[list[str]]:
+        return [self.header, *self.rows]
+
     def html(self) -> str:
         head = "".join(f"<th>{html.escape(text)}</th>" for text in self.header)
         rows = "\n".join(f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in row)}</tr>" for row in self.rows)
         return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>'
+
+
+def _inert(text: str) -> str:
+    is_number = re.fullmatch(r"[+-]?[0-9.]+( to [+-]?[0-9.]+)?( ± [0-9.]+)?", text)
+    return f"'{text}" if text[:1] in tuple("=+-@\t\r") and not is_number else text
 
 
 @dataclass
@@ -103,7 +127,7 @@ class Extras:
 
 
 def write_numbers(output: Path, measurement: Measurement, extras: Extras) -> None:
-    """Writes ``report.json``, ``report.md`` and ``metrics.csv`` into ``output``.
+    """Writes ``report.json``, ``report.md``, ``metrics.csv`` and ``tables/`` into ``output``.
 
     Raises:
         UserError: they cannot be written.
@@ -113,6 +137,10 @@ def write_numbers(output: Path, measurement: Measurement, extras: Extras) -> Non
     write_json(output / "report.json", measurement.report)
     write_file(output / "report.md", markdown(measurement.report))
     write_file(output / "metrics.csv", metrics_csv(measurement.report))
+    make_folder(output / "tables")
+    for name, table in report_tables(measurement.report).items():
+        write_file(output / "tables" / f"{name}.csv", table.csv())
+        write_file(output / "tables" / f"{name}.tex", table.latex())
 
 
 def write_page(output: Path, measurement: Measurement, extras: Extras) -> None:
@@ -122,6 +150,51 @@ def write_page(output: Path, measurement: Measurement, extras: Extras) -> None:
         UserError: it cannot be written.
     """
     write_file(output / "report.html", html_page(measurement, extras))
+
+
+def write_figures(output: Path, measurement: Measurement) -> None:
+    """Writes the plots of the report as SVG and PDF into ``output/figures``.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    report = measurement.report
+    figures = {"differences": plots.forest(report), "arms": plots.ap_by_arm(report)}
+    figures["categories"] = plots.category_differences(report)
+    if report.get("origins"):
+        figures["errors"] = plots.error_differences(report)
+    if measurement.learning:
+        figures["learning_curves"] = plots.learning_curves(report, measurement.learning)
+    if measurement.curves:
+        figures["precision_recall"] = plots.precision_recall(measurement)
+    make_folder(output / "figures")
+    for name, figure in figures.items():
+        for kind in ("svg", "pdf"):
+            write_file(output / "figures" / f"{name}.{kind}", plots.rendered(figure, kind))
+
+
+def report_tables(report: dict) -> dict[str, Table]:
+    """All tables of a report, by the names of their files."""
+    tables = {"intervals": interval_table(report), "seeds": seed_table(report)}
+    for task in report["tasks"]:
+        tables[f"metrics_{task}"] = metric_table(report, task)
+        if report.get("origins"):
+            tables |= {
+                f"errors_{task}": origin_table(report, task),
+                f"confusions_{task}": confusion_table(report, task),
+            }
+    of_arms: dict[str, list[tuple[str, Table]]] = {}
+    for name, by_seed in report["gates"].items():
+        of_arms.setdefault("gates", []).append((name, gate_table(by_seed)))
+    for name, by_seed in report["pointing"].items():
+        shapes = [shape for shape in pointing.SHAPES if shape in next(iter(by_seed.values()))]
+        for shape, table in zip(shapes, pointing_tables(by_seed), strict=True):
+            of_arms.setdefault(f"pointing_{shape}", []).append((name, table))
+    for key, found in of_arms.items():
+        tables[key] = Table(["arm", *found[0][1].header], [[name, *row] for name, table in found for row in table.rows])
+    if report.get("cost"):
+        tables["cost"] = cost_table(report)
+    return tables
 
 
 def metrics_csv(report: dict) -> str:
@@ -366,9 +439,10 @@ def html_page(measurement: Measurement, extras: Extras) -> str:
         parts.append("<h2>Learning curves</h2>")
         caption = "A line for each run; AP on the validation images. The loss is the median since the last point."
         parts.append(_figure(plots.learning_curves(report, extras.curves), "Loss and AP over the iterations", caption))
-    parts.append("<h2>Precision and recall</h2>")
-    caption = f"Mean over the categories{' and seeds; thin lines are the seeds' if many else ''}."
-    parts.append(_figure(plots.precision_recall(measurement), "Precision over recall", caption))
+    if measurement.curves:
+        parts.append("<h2>Precision and recall</h2>")
+        caption = f"Mean over the categories{' and seeds; thin lines are the seeds' if many else ''}."
+        parts.append(_figure(plots.precision_recall(measurement), "Precision over recall", caption))
     if report.get("origins"):
         parts += _origins(report)
     for name, by_seed in report["gates"].items():
@@ -431,7 +505,8 @@ def _gallery(report: dict, name: str, pictures: Sequence[GalleryImage]) -> list[
     return parts
 
 
-def _figure(png: bytes, alt: str, caption: str) -> str:
+def _figure(picture: Figure | bytes, alt: str, caption: str) -> str:
+    png = plots.rendered(picture) if isinstance(picture, Figure) else picture
     source = base64.b64encode(png).decode()
     return (
         f'<figure><img alt="{html.escape(alt)}" src="data:image/png;base64,{source}">'

@@ -170,3 +170,14 @@ def test_unequal_numbers_of_files(call_tool, results, tmp_path):
     )
     assert done.returncode == 2
     assert "arm mine has 1 result files and base has 2" in done.stderr
+
+
+def test_a_report_is_drawn_again(call_tool, tmp_path):
+    report = ROOT / "docs/results/attention.json"
+    done = call_tool("measure_gain.py", "--draw", report, "--output", tmp_path / "again")
+    assert done.returncode == 0, done.stderr
+    assert "This report is of schema 1" in done.stdout
+    assert (tmp_path / "again/figures/differences.pdf").is_file()
+    refused = call_tool("measure_gain.py", "--draw", report, "--output", tmp_path, "SEED", "1")
+    assert refused.returncode == 2
+    assert "--draw reads a report alone: leave out KEY VALUE" in refused.stderr

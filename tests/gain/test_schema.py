@@ -1,0 +1,137 @@
+"""Reports that exist are drawn again, of this schema and the one before; figures and tables as files of their own."""
+
+import csv
+import io
+import json
+import math
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+from scipy import stats
+
+from sge_det import UserError
+from sge_det.gain import compare_results, draw_report, plots, write_figures
+from sge_det.gain.latex import escape_latex
+from sge_det.gain.report import Table, report_tables
+from sge_det.gain.schema import read_report
+
+OLD = sorted((ROOT / "docs/results").glob("**/*.json"))
+OLD = [path for path in OLD if '"schema":1' in path.read_text()[:20]]
+NASTY = "=a_b & c|d\\e%"
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A report of two arms with three seeds, whose arm and category have names that mean something elsewhere."""
+    folder = tmp_path_factory.mktemp("compared")
+    images = [{"id": i, "file_name": f"{i}.jpg", "height": 50, "width": 50} for i in range(4)]
+    box = {"category_id": 1, "bbox": [5, 5, 20, 20]}
+    objects = [{"id": i + 1, "image_id": i, "area": 400, "iscrowd": 0, **box} for i in range(4)]
+    truth = {"images": images, "annotations": objects, "categories": [{"id": 1, "name": NASTY}]}
+    (folder / "truth.json").write_text(json.dumps(truth))
+    files = {"plain": [], NASTY: []}
+    for arm, found in (("plain", (1, 2, 1)), (NASTY, (2, 4, 3))):
+        for seed, count in enumerate(found):
+            files[arm].append(folder / f"{len(files['plain'])}_{seed}_{count}.json")
+            entries = [{"image_id": i, "score": 0.9 - seed / 100 - count / 1000, **box} for i in range(count)]
+            files[arm][-1].write_text(json.dumps(entries))
+    measurement = compare_results(folder / "truth.json", files, folder / "out", bootstrap=200)
+    return measurement, folder / "out"
+
+
+def test_old_results_are_marked():
+    assert OLD
+    for path in OLD:
+        assert "cannot be computed anew" in json.loads(path.read_text())["note"]
+
+
+@pytest.mark.parametrize("path", OLD, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_schema_1_becomes_schema_2(path):
+    old, report = json.loads(path.read_text()), read_report(path)
+    assert report["schema"] == 2
+    assert "schema 1" in report["verdict"].splitlines()[0]
+    for name, by_task in old["differences"].items():
+        theirs, ours = (old["arms"][arm]["bbox"]["AP"]["values"] for arm in (old["reference"], name))
+        found = report["differences"][name]["bbox"]["AP"]
+        assert found["mean"] == pytest.approx(by_task["bbox"]["AP"]["mean"])
+        assert found["values"] == pytest.approx(by_task["bbox"]["AP"]["values"])
+        expected = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+        assert list(found["intervals"]["seeds"].values()) == pytest.approx(list(expected))
+        expected = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
+        assert list(found["intervals"]["welch"].values()) == pytest.approx(list(expected))
+        assert found["intervals"]["images"] is None and found["intervals"]["both"] is None
+        assert found["images_by_seed"] == [None] * len(ours)
+
+
+def test_a_schema_1_report_is_drawn(tmp_path):
+    draw_report(ROOT / "docs/results/retinanet.json", tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "This report is of schema 1" in page
+    assert page.count("<img") == 3
+    assert "+1.33" in (tmp_path / "report.md").read_text()
+    assert json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)["schema"] == 2
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir())[:2] == ["arms.pdf", "arms.svg"]
+
+
+def test_a_report_drawn_again_is_the_same(compared, tmp_path):
+    _, folder = compared
+    draw_report(folder / "report.json", tmp_path)
+    first, again = (json.loads((where / "report.json").read_text()) for where in (folder, tmp_path))
+    assert again["provenance"].pop("drawn again from") == str(folder / "report.json")
+    assert again == first
+    tables = sorted(path.name for path in (folder / "tables").iterdir())
+    assert tables == sorted(path.name for path in (tmp_path / "tables").iterdir())
+    for name in tables:
+        assert (folder / "tables" / name).read_text() == (tmp_path / "tables" / name).read_text()
+    with pytest.raises(UserError, match="name another --output"):
+        draw_report(folder / "report.json", folder)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"schema": 3}', '{"schema": 1}', "[" * 100_000, "\x00"])
+def test_what_is_no_report_is_refused(tmp_path, content):
+    (tmp_path / "report.json").write_text(content)
+    with pytest.raises(UserError, match=r"report\.json"):
+        read_report(tmp_path / "report.json")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_report(tmp_path / "nothing.json")
+
+
+def test_figures_are_files_of_vectors(compared, tmp_path):
+    measurement, _ = compared
+    write_figures(tmp_path, measurement)
+    names = {"differences", "arms", "categories", "errors", "precision_recall"}
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        f"{name}.{kind}" for name in names for kind in ("svg", "pdf")
+    }
+    svg = (tmp_path / "figures/differences.svg").read_bytes()
+    assert b"<svg" in svg and b"<image" not in svg
+    assert (tmp_path / "figures/differences.pdf").read_bytes().startswith(b"%PDF")
+    assert plots.rendered(plots.forest(measurement.report), "svg") == svg, "the same picture is the same file"
+    assert Image.open(io.BytesIO(plots.rendered(plots.forest(measurement.report)))).width > 300
+
+
+def test_tables_as_csv_and_latex(compared):
+    measurement, folder = compared
+    report = measurement.report
+    rows = list(csv.reader((folder / "tables/metrics_bbox.csv").open()))
+    assert rows[0][:3] == ["metric", "plain", f"'{NASTY}"]
+    (ap,) = [row for row in rows if row[0] == "AP"]
+    assert ap[3] == f"{report['differences'][NASTY]['bbox']['AP']['mean']:+.2f}"
+    for name, table in report_tables(report).items():
+        text = (folder / f"tables/{name}.tex").read_text()
+        lines = [line for line in text.splitlines() if line.endswith(r"\\")]
+        assert len(lines) == 1 + len(table.rows)
+        for line in lines:
+            assert line.replace(r"\&", "").count("&") == len(table.header) - 1
+    assert r"=a\_b \& c\textbar{}d\textbackslash{}e\%" in (folder / "tables/metrics_bbox.tex").read_text()
+
+
+def test_text_in_latex_and_spreadsheets():
+    assert escape_latex("50% of $x_1 {a} #2~^<>\n±") == (
+        r"50\% of \$x\_1 \{a\} \#2\textasciitilde{}\textasciicircum{}\textless{}\textgreater{} $\pm$"
+    )
+    table = Table(["a", "b"], [["@SUM(1)", "+1.20"], ["-0.5 to +2.0", "+cmd|x"], ["-1", "absent"]])
+    cells = list(csv.reader(io.StringIO(table.csv())))
+    assert cells[1:] == [["'@SUM(1)", "+1.20"], ["-0.5 to +2.0", "'+cmd|x"], ["-1", "absent"]]
+    assert not math.isnan(float(cells[1][1]))
