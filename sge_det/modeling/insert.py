@@ -39,6 +39,26 @@ class _Gate:
         return self.layer(output)
 
 
+class _Keeper:
+    """A hook before a block's forward that puts its gate back where a conversion has replaced the norm that had it.
+
+    Args:
+        target: the name in the block of the module whose output is gated.
+    """
+
+    def __init__(self, target: str):
+        self.target = target
+
+    def __call__(self, block: nn.Module, inputs: tuple) -> None:
+        target = block.get_submodule(self.target)
+        if not _is_gated(target):
+            target.register_forward_hook(_Gate(getattr(block, SGE_NAME)))
+
+
+def _is_gated(module: nn.Module) -> bool:
+    return any(isinstance(hook, _Gate) for hook in module._forward_hooks.values())
+
+
 def insert_sge(
     model: nn.Module,
     groups: int = 64,
@@ -52,8 +72,8 @@ def insert_sge(
     Blocks are found by what they compute: a module that adds the output of a norm to something else (Detectron2's
     ResNets and RegNets, torchvision's and timm's ResNets, other blocks that ``torch.fx`` can trace). A layer is called
     "sge" in its block, or stands in the place that timm's blocks have for it. Parameters that were there keep their
-    names, so that weights load before or afterwards. A block that has SGE is left as it is. Where a conversion of norms
-    (``convert_sync_batchnorm``) took a norm away with its gate, a second call puts the gate back: convert first.
+    names, so that weights load before or afterwards. A block that has SGE is left as it is. A conversion of norms
+    (``convert_sync_batchnorm``) before or afterwards changes nothing in this.
 
     Args:
         model: any model with residual blocks.
@@ -137,11 +157,13 @@ class _Place:
 
     @property
     def is_lost(self) -> bool:
-        hooked = any(isinstance(hook, _Gate) for hook in self.target._forward_hooks.values())
-        return not (hooked or self.is_timm or hasattr(self.block, "attention_name"))
+        return not (_is_gated(self.target) or self.is_timm or hasattr(self.block, "attention_name"))
 
     def hook(self) -> None:
         self.target.register_forward_hook(_Gate(getattr(self.block, SGE_NAME)))
+        if not any(isinstance(hook, _Keeper) for hook in self.block._forward_pre_hooks.values()):
+            target = self.after.removeprefix(f"{self.name}.") if self.name else self.after
+            self.block.register_forward_pre_hook(_Keeper(target))
 
 
 def _channels(module: nn.Module) -> int:

@@ -133,11 +133,19 @@ def test_stages_and_patterns_choose():
     assert [insertion.after for insertion in done] == ["layer1.0.bn2", "layer1.1.bn2"]
 
 
-def test_a_gate_that_a_conversion_took_away_is_put_back():
-    model = torchvision.models.resnet18().eval()
+@pytest.mark.parametrize(
+    "convert", [FrozenBatchNorm2d.convert_frozen_batchnorm, nn.SyncBatchNorm.convert_sync_batchnorm]
+)
+@pytest.mark.parametrize("name", ["torchvision 18", "regnet", "timm 18", "detectron2"])
+def test_gates_survive_a_conversion_of_norms(name, convert):
+    model = MODELS[name][0]().eval()
     insert_sge(model, groups=8)
+    for module in model.modules():
+        if isinstance(module, SpatialGroupEnhance):
+            nn.init.normal_(module.weight)
     expected = run(model)
-    model = FrozenBatchNorm2d.convert_frozen_batchnorm(model)
+    model = convert(model).eval()
+    torch.testing.assert_close(run(model), expected)
     assert insert_sge(model, groups=8) == []
     torch.testing.assert_close(run(model), expected)
 
