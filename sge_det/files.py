@@ -150,6 +150,18 @@ def make_folder(folder: Path) -> None:
         raise cannot_write(folder, error) from error
 
 
+def make_output(folder: Path) -> None:
+    """:func:`make_folder` for an ``OUTPUT_DIR``.
+
+    Raises:
+        UserError: it cannot be made; says that another can be named.
+    """
+    try:
+        _make_folder(folder)
+    except OSError as error:
+        raise cannot_write_output(folder, error) from error
+
+
 def _make_folder(folder: Path) -> None:
     if folder.is_dir():
         return

@@ -13,7 +13,7 @@ from detectron2.utils import comm
 
 from ..checkpoint.checkpointer import checkpoints
 from ..errors import UserError
-from ..files import cannot_write_output, make_folder, remove_file, write_json
+from ..files import cannot_write_output, make_output, remove_file, write_json
 from .evaluations import EVALUATIONS_FILE
 from .fingerprint import FINGERPRINT_FILE, Contents, differences, fingerprint
 from .reporting import REPORT_FILE
@@ -71,7 +71,7 @@ def claimed_folder(
         if comm.is_main_process():
             if resume and overwrite:
                 raise UserError("--resume goes on with a run and --overwrite removes it: give one of them")
-            make_folder(folder)
+            make_output(folder)
             stack.enter_context(locked(folder))
             _prepare(folder, made_from(), resume, overwrite, changeable)
         comm.synchronize()

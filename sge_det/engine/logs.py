@@ -10,7 +10,7 @@ from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.logger import setup_logger
 
-from ..files import cannot_write, cannot_write_output
+from ..files import cannot_write, cannot_write_output, make_output
 
 _LOGGERS = ("fvcore", "detectron2", "sge_det")
 
@@ -58,9 +58,9 @@ def start_logs(folder: str | Path, args: argparse.Namespace, described: str) -> 
         UserError: the folder cannot be written.
     """
     folder, rank = Path(folder), comm.get_rank()
+    make_output(folder)
     log = None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         log = LogFile(folder / ("log.txt" if rank == 0 else f"log.txt.rank{rank}"))
     except OSError as error:
         raise cannot_write_output(folder, error) from error

@@ -26,11 +26,12 @@ from detectron2.evaluation import (
     SemSegEvaluator,
 )
 from detectron2.evaluation.coco_evaluation import _evaluate_predictions_on_coco
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 from ..errors import UserError
-from ..files import write_file
+from ..files import make_folder, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +126,11 @@ class HotcocoEvaluator(COCOEvaluator):
         if is_by_function:
             # the file that it was converted to is this run's alone, and another's may not find it
             del metadata.json_file
+
+    def evaluate(self, img_ids: Sequence[int] | None = None) -> dict:
+        if self._output_dir and comm.is_main_process():
+            make_folder(Path(self._output_dir))  # one that Detectron2 makes might not outlast a power cut
+        return super().evaluate(img_ids)
 
     def _eval_predictions(self, predictions: list[dict], img_ids: Sequence[int] | None = None) -> None:
         results = list(itertools.chain(*(prediction["instances"] for prediction in predictions)))

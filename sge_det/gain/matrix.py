@@ -18,7 +18,7 @@ from ..engine.fingerprint import FINGERPRINT_FILE, Contents, fingerprint
 from ..engine.stopping import asked, waiting
 from ..engine.training import setup_config
 from ..errors import Stopped, UserError
-from ..files import cannot_write, check_folder, write_json
+from ..files import cannot_write, check_folder, make_folder, write_json
 from .arms import choose_arms, examine_arms
 from .processes import Launch, RunFailed, RunProcess
 from .run import START_FILE, Run
@@ -257,7 +257,7 @@ class Matrix:
                 continue
             lock = None
             try:
-                run.folder.mkdir(parents=True, exist_ok=True)
+                make_folder(run.folder)
                 if self.launch.is_main:
                     lock = filelock.FileLock(run.folder / ".claim.lock")
                     lock.acquire(blocking=False)

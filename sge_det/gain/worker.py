@@ -24,7 +24,7 @@ from ..data.loader import build_test_loader
 from ..engine.launching import launch
 from ..engine.training import argument_parser, build_seeded_model, setup_config, start_run, train
 from ..errors import Resumable, UserError, user_errors
-from ..files import write_json
+from ..files import remove_file, write_json
 from ..modeling.gates import gate_statistics
 from . import cost
 from .run import RESULT_FILE
@@ -49,7 +49,7 @@ def _train_and_record(args: argparse.Namespace) -> None:
         return
     shown = _what_gates_show(cfg)
     for checkpoint in folder.glob("model_[0-9]*.pth*"):
-        checkpoint.unlink()
+        remove_file(checkpoint)
     # the last file of a run, and what marks it as finished
     record = {"schema": 1, **cost.end(folder), "results": results, **shown}
     write_json(folder / RESULT_FILE, record)

@@ -66,6 +66,9 @@ ROOT = Path(__file__).resolve().parents[2]
 LAID_OUT = {"kill": (False, False), "power": (True, True), "names": (False, True)}
 KINDS = ("kill", "ENOSPC", "EIO", "power", "names")
 LONGEST_SECONDS = 180
+TIMES = ("seconds", "stretches", "device_seconds", "cost")
+# Logs, locks, and a file of Detectron2's that nobody reads. All else outlasts a power cut once a tool has ended.
+NOT_SYNCED = ("log.txt", "metrics.json", ".run.lock", ".claim.lock", "instances_predictions.pth")
 ATTEMPTS = 3
 
 MICRO = [
@@ -298,6 +301,11 @@ class Bench:
         self._lay_out(disk, "kill")
         if made != {path: path.read_bytes() for path in self.box.rglob("*") if path.is_file()}:
             raise RuntimeError(f"{name}: the record does not give the files that there are")
+        self._lay_out(disk, "power")
+        lost = [place for place in found if place.rpartition("/")[2] not in NOT_SYNCED]
+        lost = [place for place in lost if outcome(self.box).get(place) != found[place]]
+        if lost:
+            raise RuntimeError(f"{name}: a power cut after its end loses {lost}")
         return Reference(start, entries, found)
 
     def attempt(self, name: str, reference: "Reference", kind: str, at: int) -> str:
@@ -400,12 +408,14 @@ def outcome(box: Path) -> dict[str, object]:
         if path.is_dir() or path.name.startswith("events.out.tfevents."):
             continue
         content = path.read_bytes()
-        if path.name == "log.txt":
-            found[place] = "a log"
+        if path.name in ("log.txt", "stretches.json", "instances_predictions.pth"):
+            found[place] = "a log, times, or what nobody reads"
         elif path.name == "metrics.json":
             found[place] = _metrics(content)
         elif path.name in ("result.json", "report.json"):
             found[place] = _without_times(json.loads(content))
+        elif path.name == "report.md":
+            found[place] = re.sub(rb"## Cost\n.*?(?=\n## |\Z)", b"", content, flags=re.S)
         elif path.name == "report.html":
             found[place] = content.rstrip().endswith(b"</html>")
         elif path.suffix == ".safetensors":
@@ -440,7 +450,7 @@ def _metrics(content: bytes) -> object:
 
 def _without_times(content: object) -> object:
     if isinstance(content, dict):
-        return {key: _without_times(value) for key, value in content.items() if key != "seconds"}
+        return {key: _without_times(value) for key, value in content.items() if key not in TIMES}
     return [_without_times(value) for value in content] if isinstance(content, list) else content
 
 
