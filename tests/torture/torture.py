@@ -513,7 +513,7 @@ def work(number: int, jobs: int, args: argparse.Namespace, folder: Path, data: P
         print("operations: " + ", ".join(f"{name} {count}" for name, count in counts.items()), flush=True)
     done = {(name, kind, at) for name, kind, at, wrong in read_results(args.results) if not wrong}
     for place, point in enumerate(points(counts, args.kinds, args.every)):
-        if place % jobs != number or point in done:
+        if place % jobs != number or point in done or (args.at and point[2] not in args.at):
             continue
         name, kind, at = point
         wrong = bench.attempt(name, references[name], kind, at)
@@ -558,7 +558,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--programs", nargs="+", default=list(programs(Path())))
     parser.add_argument("--kinds", nargs="+", choices=(*KINDS, "SIGKILL"), default=list(KINDS))
     parser.add_argument("--every", type=int, default=1, help="each so many-th operation alone")
-    parser.add_argument("--at", type=int, help="this operation alone")
+    parser.add_argument("--at", type=int, nargs="+", help="these operations alone")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--results", type=Path, help="a file that grows, so that the same command goes on")
     parser.add_argument("--folder", type=Path, help="for the files of the points, removed at the end")
