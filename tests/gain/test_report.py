@@ -138,6 +138,22 @@ def test_markdown_has_every_metric(compared):
     assert absent == [line for line in lines if line.startswith("| APl")]
 
 
+@pytest.mark.parametrize("name", ["report.md", "report.html"])
+def test_each_seed_and_each_interval_is_shown(compared, name):
+    """With two seeds too: the values of each, their intervals over the images, and the four intervals of the mean."""
+    output, _ = compared
+    report, text = json.loads((output / "report.json").read_text()), (output / name).read_text()
+    for task in ("bbox", "segm"):
+        for arm in report["arms"].values():
+            assert all(f"{value:.2f}" in text for value in arm[task]["AP"]["values"])
+        for difference in report["differences"].values():
+            found = difference[task]["AP"]
+            spans = [*found["intervals"].values(), *found["images_by_seed"]]
+            assert len(spans) == 4 + 2
+            assert all(f"{span['low']:+.2f} to {span['high']:+.2f}" in text for span in spans)
+            assert all(f"{value:+.2f}" in text for value in found["values"])
+
+
 def test_pointing_figures_are_means_over_the_seeds():
     def run(shift):
         means = {"chance": 0.25, "before": 0.3 + shift, "after": 0.5, "gate": 0.5, "after_minus_before": 0.2 - shift}
