@@ -21,6 +21,7 @@ from sge_det.engine.stopping import signals_handled
 from sge_det.engine.training import add_dataset_option
 from sge_det.errors import UserError, user_errors
 from sge_det.gain import (
+    Cluster,
     Launch,
     Looks,
     Matrix,
@@ -35,6 +36,7 @@ from sge_det.gain import (
     write_figures,
 )
 from sge_det.gain.arms import BUILT_IN
+from sge_det.gain.cluster import KINDS
 from sge_det.gain.inference import MARGIN
 from sge_det.gain.looks import FIRST_SEEDS, MOST_SEEDS
 from sge_det.gain.plan import declare, declared
@@ -95,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
     engine.add_argument("--report-only", action="store_true", help="train nothing, report what has finished")
     engine.add_argument("--no-wait", action="store_true", help="end when only other workers' runs are left")
     engine.add_argument("--keep-going", action="store_true", help="a run that fails does not end the others")
+    add_cluster_options(arguments)
     plan = arguments.add_argument_group("planning", "how many seeds? Trains nothing")
     plan.add_argument("--plan", action="store_true", help="print seeds, least differences and hours, and end")
     plan.add_argument("--pilot", metavar="DIR|report.json", help="a finished comparison that shows the spread")
@@ -102,10 +105,12 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--correlation", type=float, default=0.0, help="of the arms over seeds (0)")
     plan.add_argument("--image-error", type=float, default=0.0, metavar="AP", help="standard error from the images (0)")
     plan.add_argument("--image-count", type=int, default=5000, metavar="N", help="of the validation set (5000)")
-    plan.add_argument("--hours", type=float, default=math.nan, metavar="H", help="of a run; a pilot's are known")
+    plan.add_argument(
+        "--hours", type=float, default=math.nan, metavar="H", help="of a run (a pilot's are known), or a job (24)"
+    )
     add("--import", dest="imports", action="append", default=[], metavar="MODULE", help="imported first by each run")
     launch = arguments.add_argument_group("launch", "handed to each run, as in train_net.py")
-    launch.add_argument("--num-gpus", type=int, default=1, help="GPUs of a run on each machine")
+    launch.add_argument("--num-gpus", "--gpus-per-run", type=int, default=1, help="GPUs of a run on each machine")
     launch.add_argument("--num-machines", type=int, default=1, help="machines of a run")
     launch.add_argument("--machine-rank", type=int, default=0, help="this machine among them")
     launch.add_argument("--dist-url", default=None, help="where the processes of a run meet")
@@ -126,6 +131,35 @@ def parser() -> argparse.ArgumentParser:
     return arguments
 
 
+def add_cluster_options(arguments: argparse.ArgumentParser) -> None:
+    cluster = arguments.add_argument_group("cluster", "each run as a job, followed to its end; needs sge_det[cluster]")
+    cluster.add_argument("--cluster", choices=KINDS, help="the scheduler; local is this machine, all runs at once")
+    cluster.add_argument("--partition", default="", metavar="P", help="of Slurm")
+    cluster.add_argument("--sbatch", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="for Slurm")
+
+
+def cluster_of(args: argparse.Namespace, options: Sequence[str], overrides: Sequence[str]) -> Cluster | None:
+    """Where the runs go as jobs; a job gets the same options, but for those that are this command's alone."""
+    if args.cluster != "slurm" and (args.partition or args.sbatch):
+        raise UserError("--partition and --sbatch go with --cluster slurm")
+    if args.cluster is None:
+        return None
+    alone = {"--run": args.run, "--report-only": args.report_only, "--num-machines": args.num_machines > 1}
+    alone |= {"--until": args.until, "--decide": args.decide is not None, "--jobs": args.jobs > 1}
+    if given := [option for option, value in alone.items() if value]:
+        raise UserError(f"--cluster makes a job of each run: leave out {', '.join(given)}")
+    hours = 24.0 if math.isnan(args.hours) else args.hours
+    if not 0 < hours < 24 * 365:
+        raise UserError(f"--hours {args.hours:g} must be how long a job may take, above 0")
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_cluster_options(own)
+    for name in ("--no-wait", "--keep-going"):
+        own.add_argument(name, action="store_true")
+    command = [sys.executable, str(Path(__file__).resolve()), *own.parse_known_args(options)[1]]
+    sbatch = tuple((name, value) for name, value in args.sbatch)
+    return Cluster(args.cluster, tuple(command), tuple(overrides), hours, args.num_gpus, args.partition, sbatch)
+
+
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Parts the options from the KEY VALUE pairs at the end, which lists such as ``--seeds`` would swallow."""
     argv = list(argv)
@@ -139,7 +173,9 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             option, values = word, int("=" in word)
             continue
         values += 1
-        is_key = re.fullmatch(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+|SEED|OUTPUT_DIR|VIS_PERIOD|CUDNN_BENCHMARK", word)
+        is_key = re.fullmatch(
+            r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+|SEED|OUTPUT_DIR|VIS_PERIOD|CUDNN_BENCHMARK|REPORT_TO", word
+        )
         if is_key and option != "--arm" and (values > 1 or option in alone):
             if option == "--dataset" and values <= 3:
                 continue
@@ -147,7 +183,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return argv, []
 
 
-def run(args: argparse.Namespace, overrides: list[str]) -> Measurement | None:
+def run(args: argparse.Namespace, options: Sequence[str], overrides: list[str]) -> Measurement | None:
     if args.plan:
         return plan(args, overrides)
     if args.output is None:
@@ -164,7 +200,9 @@ def run(args: argparse.Namespace, overrides: list[str]) -> Measurement | None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise UserError("measure_gain starts the processes of its runs itself: start it without torchrun")
     args.timeout = TIMEOUT_SECONDS
-    check_launch(args, None)
+    cluster = cluster_of(args, options, overrides)
+    if cluster is None:
+        check_launch(args, None)
     launch = Launch(args.num_gpus, args.num_machines, args.machine_rank, args.dist_url or "auto", tuple(args.imports))
     looks = looks_of(args)
     seeds = args.seeds or default_seeds(args, looks)
@@ -193,7 +231,9 @@ def run(args: argparse.Namespace, overrides: list[str]) -> Measurement | None:
         return report_gain(matrix, **how)
     if looks:
         return decide_gain(matrix, looks, jobs=args.jobs, **how)
-    return measure_gain(matrix, jobs=args.jobs, wait=not args.no_wait, keep_going=args.keep_going, **how)
+    return measure_gain(
+        matrix, jobs=args.jobs, wait=not args.no_wait, keep_going=args.keep_going, cluster=cluster, **how
+    )
 
 
 def default_seeds(args: argparse.Namespace, looks: Looks | None) -> list[int]:
@@ -302,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(options)
     try:
         with signals_handled():
-            measurement = run(args, overrides)
+            measurement = run(args, options, overrides)
     except RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

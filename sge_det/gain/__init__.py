@@ -2,6 +2,7 @@
 
 from .api import compare_results, decide_gain, draw_report, measure_gain, report_gain
 from .arms import Arm, choose_arms
+from .cluster import Cluster
 from .inference import Interval, both_interval, image_interval, outcomes, seed_interval, welch_interval
 from .looks import Looks
 from .matrix import Matrix
@@ -13,6 +14,7 @@ from .verdict import Question
 
 __all__ = [
     "Arm",
+    "Cluster",
     "Interval",
     "Launch",
     "Looks",

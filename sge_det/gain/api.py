@@ -13,6 +13,7 @@ import torch
 from .. import __version__
 from ..errors import UserError
 from ..files import check_folder
+from .cluster import Cluster
 from .cost import of_arm
 from .gallery import gallery
 from .input import GroundTruth
@@ -37,6 +38,7 @@ def measure_gain(
     against: str | None = None,
     wait: bool = True,
     keep_going: bool = False,
+    cluster: Cluster | None = None,
 ) -> Measurement | None:
     """Trains and evaluates every run of ``matrix`` that is not finished, and writes the report into its folder.
 
@@ -48,6 +50,7 @@ def measure_gain(
         against: the arm that the others are compared with; the first by default.
         wait: for runs that other workers have.
         keep_going: a run that fails does not end the others; the report is of the seeds that are complete.
+        cluster: makes each run a job of a scheduler's, in place of a process on this machine.
 
     Returns:
         None where other workers still have runs and ``wait`` is off; they are named on the screen.
@@ -57,9 +60,13 @@ def measure_gain(
         RunFailed: a run failed otherwise, or any with ``keep_going``, after the report was written.
     """
     _check(matrix, question, bootstrap, against)
-    check_jobs(matrix.launch, jobs, matrix.config.MODEL.DEVICE)
+    if cluster is None:
+        check_jobs(matrix.launch, jobs, matrix.config.MODEL.DEVICE)
     declare(matrix, question, against=against)
-    done = matrix.execute(jobs, wait=wait, keep_going=keep_going)
+    if cluster is None:
+        done = matrix.execute(jobs, wait=wait, keep_going=keep_going)
+    else:
+        done = cluster.execute(matrix, wait=wait, keep_going=keep_going)
     if done.left:
         print(f"left to other workers: {', '.join(done.left)}; --report-only reports when they have finished")
     measurement = None

@@ -187,7 +187,7 @@ class Matrix:
         pending = [run for run in wanted if not run.finished]
         for run in wanted:
             if run.finished:
-                print(f"kept {_summary(run)}", flush=True)
+                print(f"kept {summary(run)}", flush=True)
         if not pending:
             return result
         active: dict[int, RunProcess] = {}
@@ -203,7 +203,7 @@ class Matrix:
                     try:
                         if process.ended():
                             del active[slot]
-                            bar.write(f"finished {_summary(process.run)}")
+                            bar.write(f"finished {summary(process.run)}")
                     except (UserError, RunFailed) as error:
                         if not keep_going:
                             raise
@@ -317,7 +317,8 @@ def _state(run: Run) -> str:
     return f"{run.name} {'evaluating' if done == run.iterations else f'{done}/{run.iterations}'}"
 
 
-def _summary(run: Run) -> str:
+def summary(run: Run) -> str:
+    """A run in a line: its scores and how long it took, once it has finished."""
     if not run.finished:
         return run.name
     result = run.result()

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from detectron2.config import CfgNode
 
 from ..checkpoint import transplant_file
@@ -148,7 +149,11 @@ class Run:
         found = self.made_with()
         if found is None:
             return
-        difference = next(differences(found, self.fingerprint | (code or {})), None)
+        wanted, device = self.fingerprint | (code or {}), found.get("config", {}).get("MODEL.DEVICE")
+        if device is not None and not torch.cuda.is_available():
+            # where there is no GPU the config's device is a stand-in: a login node reports what others trained
+            wanted = {**wanted, "config": {**wanted["config"], "MODEL.DEVICE": device}}
+        difference = next(differences(found, wanted), None)
         if difference:
             raise UserError(
                 f"{self.folder} holds a run made with {difference}: give the same command, or name another --output"
