@@ -156,8 +156,12 @@ class RunJob:
     def __call__(self) -> int:
         # not the session of the job, whose processes the scheduler signals one by one
         self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, start_new_session=True)
-        while self.process.poll() is None:
-            time.sleep(0.2)
+        try:
+            while self.process.poll() is None:
+                time.sleep(0.2)
+        except KeyboardInterrupt:  # cancelled
+            self.process.terminate()
+            raise
         if self.process.returncode:
             raise RuntimeError(f"{shlex.join(self.command)} ended with exit code {self.process.returncode}")
         return 0
