@@ -62,6 +62,7 @@ def call_tool(tmp_path, monkeypatch, capsys):
 
     def call(name, *arguments):
         monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(ROOT / "tools")
         tool = runpy.run_path(str(ROOT / "tools" / name))
         code = 0
         try:

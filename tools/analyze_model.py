@@ -9,6 +9,8 @@ The weights do not matter and need not be there. Tables are Markdown.
 import argparse
 from collections.abc import Sequence
 
+import quiet  # noqa: F401
+
 from sge_det.analysis.cost import analysis_report, analyze
 from sge_det.config import load_config
 from sge_det.errors import user_errors

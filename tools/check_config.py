@@ -8,6 +8,8 @@ Takes train_net.py's arguments. Exit code 2 where there is an error, 0 otherwise
 
 import sys
 
+import quiet  # noqa: F401
+
 from sge_det.engine.doctor import diagnose
 from sge_det.engine.training import argument_parser
 from sge_det.errors import UserError, user_errors

@@ -7,6 +7,8 @@ convert_weights.py model_final_280758.pkl start.pth --transplant --config-file F
 
 import argparse
 
+import quiet  # noqa: F401
+
 from sge_det.checkpoint import convert_file, transplant_file
 from sge_det.config import load_config
 from sge_det.errors import UserError, user_errors

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import quiet  # noqa: F401
 import torch
 from detectron2.data.detection_utils import read_image
 

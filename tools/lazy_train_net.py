@@ -8,6 +8,8 @@ lazy_train_net.py --config-file F model.backbone.bottom_up.stages.groups=32
 
 import argparse
 
+import quiet  # noqa: F401
+
 from sge_det.config import find_config
 from sge_det.engine.launching import check_launch, find_place, launch
 from sge_det.engine.lazy import (

@@ -8,6 +8,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import quiet  # noqa: F401
+
 from sge_det.data.preview import contact_sheet
 from sge_det.data.sample import SPLITS, make_sample_coco
 from sge_det.errors import user_errors

@@ -16,6 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import quiet  # noqa: F401
+
 from sge_det.engine.launching import TIMEOUT_SECONDS, check_launch
 from sge_det.engine.stopping import signals_handled
 from sge_det.engine.training import add_dataset_option

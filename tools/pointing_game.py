@@ -10,6 +10,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import quiet  # noqa: F401
+
 from sge_det.analysis.pointing import pointing_game, pointing_report
 from sge_det.engine.training import add_dataset_option, load_model, setup_config
 from sge_det.errors import user_errors

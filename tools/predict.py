@@ -10,6 +10,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import quiet  # noqa: F401
+
 from sge_det.analysis.inputs import add_layer_options, parse_inputs, report_faults
 from sge_det.analysis.predict import predict
 from sge_det.analysis.predictor import setup_prediction

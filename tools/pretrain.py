@@ -9,6 +9,7 @@ pretrain.py --train train.tar --val test.tar --model sge_resnet50 --output out -
 
 import argparse
 
+import quiet  # noqa: F401
 from detectron2.utils.logger import setup_logger
 
 from sge_det.engine.launching import TIMEOUT_SECONDS, check_launch, find_place, launch

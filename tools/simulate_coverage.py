@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import quiet  # noqa: F401
 from tqdm import tqdm
 
 from sge_det.errors import user_errors

@@ -8,6 +8,8 @@ train_net.py --config-file F MODEL.SGE.ENABLED False    # the plain twin
 
 import argparse
 
+import quiet  # noqa: F401
+
 from sge_det.config import find_config
 from sge_det.engine.claims import claimed
 from sge_det.engine.launching import check_launch, find_place, launch

@@ -13,6 +13,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import quiet  # noqa: F401
+
 from sge_det.analysis.inputs import add_layer_options, parse_inputs, report_faults
 from sge_det.analysis.predictor import setup_prediction
 from sge_det.analysis.visualize import BLOCKS_FIGURE, visualize_dataset, visualize_images

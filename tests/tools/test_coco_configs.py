@@ -20,6 +20,7 @@ SMALL = [
 SCRIPT = """
 import json, pathlib, runpy, sys
 import torch
+sys.path.insert(0, str(pathlib.Path(sys.argv[1]).parent))
 tool = runpy.run_path(sys.argv[1])
 for leaf in sys.argv[3:]:
     tool["main"](["--config-file", leaf, *json.loads(sys.argv[2]), "OUTPUT_DIR", f"out/{leaf}"])

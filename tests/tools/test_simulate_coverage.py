@@ -4,7 +4,8 @@ import runpy
 from conftest import ROOT
 
 
-def test_slices_are_added_up(tmp_path, capsys):
+def test_slices_are_added_up(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
     main = runpy.run_path(str(ROOT / "tools/simulate_coverage.py"))["main"]
     few = [
         "--experiments",

@@ -238,6 +238,7 @@ class Bench:
         self.programs = programs(data)
         self._known: dict[tuple, str] = {}
         self.mains: dict[str, Callable] = {}
+        sys.path.insert(0, str(ROOT / "tools"))
         for program in self.programs.values():
             if program.tool not in self.mains:
                 self.mains[program.tool] = runpy.run_path(str(ROOT / "tools" / f"{program.tool}.py"))["main"]
