@@ -2,11 +2,10 @@
 
 import re
 
-import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
+from ...checkpoint.convert import build_meta_model
 from ...config import STAGES, sge_options
 from ...layers.sge import SpatialGroupEnhance
 from .finding import Finding
@@ -49,12 +48,8 @@ def _remedy(cfg: CfgNode, place: str) -> str:
 
 def build_on_meta(cfg: CfgNode) -> nn.Module | None:
     """The model of ``cfg`` without memory for its tensors; None where it cannot be built so."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "meta"
     try:
-        with torch.device("meta"):
-            return META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
+        return build_meta_model(cfg)
     except Exception:  # whatever is the matter, the model's builder says so in its place
         return None
 
