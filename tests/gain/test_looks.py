@@ -358,3 +358,16 @@ def test_one_run_alone_and_then_the_report(make):
         make([0, 1], report_only=True)
     with pytest.raises(UserError, match="there is no run sge 7: the arms are plain, sge, the seeds 0, 1"):
         matrix.run_of("sge", 7)
+
+
+def test_a_report_alone_is_of_the_seeds_that_were_declared(make, call_tool, sample_datasets, tmp_path):
+    """Without --seeds, and at the level of the look that it is."""
+    looks = Looks(first=3, most=4, until=100.0)
+    first = decide_gain(make(range(4)), looks, bootstrap=200).report
+    triples = [word for triple in sample_datasets for word in ("--dataset", *triple)]
+    options = ["--config-file", CONFIG, "--output", str(tmp_path / "out"), *triples, "--bootstrap", "200"]
+    done = call_tool("measure_gain.py", *options, "--report-only", *TINY)
+    assert done.returncode == 0, done.stderr
+    again = json.loads((tmp_path / "out/report.json").read_text())
+    assert (again["seeds"], again["departures"]) == ([0, 1, 2], [])
+    assert again["look"] == first["look"]
