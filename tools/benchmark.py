@@ -1,7 +1,7 @@
 """Times SGE: the layer beside its rivals, a detector beside its plain twin, or all of it on a GPU. Tables are Markdown.
 
-benchmark.py layer
-benchmark.py layer --shapes 2,256,100,152 1,2048,25,38 --rounds 50 --json layer.json
+benchmark.py layer --history    # appends the ratios to docs/performance.csv
+benchmark.py layer --compile --shapes 2,256,100,152 1,2048,25,38 --rounds 50 --json layer.json
 benchmark.py model --config-file configs/COCO-Detection/faster_rcnn_SGE_R_50_FPN_1x.yaml --json model.json
 benchmark.py gpu --json gpu.json    # checks the kernels eager, compile and triton first; ends with 1 if one is wrong
 """
@@ -15,10 +15,12 @@ import quiet  # noqa: F401
 import torch
 
 from sge_det.analysis import benchmark, kernels
+from sge_det.analysis.history import append_history
 from sge_det.config import load_config
 from sge_det.errors import UserError, user_errors
 from sge_det.files import write_json
 
+HISTORY = Path(__file__).resolve().parent.parent / "docs" / "performance.csv"
 GPU_CONFIG = "COCO-Detection/faster_rcnn_SGE_R_50_FPN_1x.yaml"
 
 
@@ -28,14 +30,33 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     common.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     common.add_argument("--rounds", type=int, metavar="N", help="times that each is timed (layer 31, model 7)")
+    history = argparse.ArgumentParser(add_help=False)
+    history.add_argument(
+        "--history",
+        type=Path,
+        nargs="?",
+        const=HISTORY,
+        metavar="FILE",
+        help="append the ratios (docs/performance.csv)",
+    )
     commands = arguments.add_subparsers(dest="command", required=True)
-    layer = commands.add_parser("layer", parents=[common], help="block tails, on the CPU")
+    layer = commands.add_parser("layer", parents=[common, history], help="block tails, on the CPU")
+    layer.add_argument("--compile", action="store_true", help="compiled contestants too; compiling takes minutes")
     layer.add_argument("--shapes", type=shape, nargs="+", metavar="N,C,H,W", help="default: R-50's stages, two batches")
     layer.add_argument("--quick", action="store_true", help="two small shapes, few rounds")
-    model = commands.add_parser("model", parents=[common], help="a detector with random weights")
+    model = commands.add_parser("model", parents=[common, history], help="a detector with random weights")
     model.add_argument("--config-file", required=True, metavar="FILE", help="the detector with SGE")
     model.add_argument("--images", type=int, default=1, metavar="N", help="images in a batch (default %(default)s)")
     model.add_argument("--size", type=int, nargs=2, default=(800, 1216), metavar=("H", "W"), help="of the images, px")
+    model.add_argument(
+        "--with",
+        dest="others",
+        nargs="+",
+        default=(),
+        choices=benchmark.OTHERS,
+        metavar="NAME",
+        help=f"more contestants: {', '.join(benchmark.OTHERS)}",
+    )
     gpu = commands.add_parser("gpu", parents=[common], help="all kernels, checked and timed, layer and detector")
     gpu.add_argument("--device", help="default: cuda, or cpu where there is none")
     gpu.add_argument("--config-file", default=GPU_CONFIG, metavar="FILE", help="the detector (default %(default)s)")
@@ -61,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     if args.command == "layer":
         shapes = args.shapes or (benchmark.QUICK_SHAPES if args.quick else benchmark.SHAPES)
-        result = benchmark.benchmark_layer(shapes, args.rounds or (7 if args.quick else 31))
+        result = benchmark.benchmark_layer(shapes, args.rounds or (7 if args.quick else 31), args.compile)
         print(benchmark.layer_report(result))
     elif args.command == "gpu":
         result = benchmark_gpu(args)
@@ -69,10 +90,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         overrides = args.opts if "MODEL.DEVICE" in args.opts else [*args.opts, "MODEL.DEVICE", default_device()]
         cfg = load_config(args.config_file, overrides)
-        result = benchmark.benchmark_model(cfg, args.rounds or 7, args.images, tuple(args.size))
+        result = benchmark.benchmark_model(cfg, args.rounds or 7, args.images, tuple(args.size), args.others)
         print(benchmark.model_report(result))
     if args.json:
         write_json(args.json, result)
+    if getattr(args, "history", None):
+        print(f"{append_history(args.history, result)} rows appended to {args.history}")
     if args.command == "gpu" and (wrong := kernels.failures(result)):
         print("wrong: " + "; ".join(wrong), file=sys.stderr)
         sys.exit(1)

@@ -5,12 +5,13 @@ and the ratios of their medians are the result.
 """
 
 import ctypes
+import functools
 import json
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,12 +23,14 @@ from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 
 from ..config import sge_options
 from ..data.datasets import head_section
 from ..errors import UserError
 from ..layers.attention import build_rival
-from ..layers.sge import SpatialGroupEnhance
+from ..layers.sge import SpatialGroupEnhance, replace_saved_input
+from ..modeling.blocks import AttentiveBasicBlock, AttentiveBottleneckBlock
 from ..modeling.padding import ignore_padding
 
 # The outputs of R-50's four stages for two images of 400x608 and for one of 800x1216.
@@ -40,6 +43,7 @@ QUICK_SHAPES = [SHAPES[1], SHAPES[3]]
 # Of the rivals, those that the paper compares SGE with, and ECA.
 RIVALS = ("se", "eca", "cbam")
 COPY, NONE, TEXTBOOK, LAYER, TAIL = "copy", "no attention", "textbook", "layer", "block tail"
+COMPILED_TEXTBOOK, COMPILED_LAYER, COMPILED_TAIL = "compiled textbook", "compiled layer", "KERNEL compile"
 # Passes over a tensor of the activation's size that the block tail cannot do without when each tensor is read from
 # memory once and written once: x and the shortcut in, the output out; backward x, the output and its gradient in, two
 # gradients out.
@@ -100,8 +104,12 @@ def timm_attention(kind: str, channels: int) -> nn.Module:
         raise UserError("the rivals come from timm, which is missing: pip install timm") from error
 
 
-def contestants(channels: int) -> dict[str, tuple[nn.Module | None, Tail]]:
+def contestants(channels: int, compiled: bool = False) -> dict[str, tuple[nn.Module | None, Tail]]:
     """What is timed: name to (module with the parameters, block tail of x and shortcut).
+
+    Args:
+        channels: C.
+        compiled: textbook and layer by ``torch.compile``, as a user would, and the tail by the kernel "compile" too.
 
     Raises:
         UserError: timm is not installed.
@@ -111,13 +119,19 @@ def contestants(channels: int) -> dict[str, tuple[nn.Module | None, Tail]]:
     def in_place_of_sge(module: nn.Module) -> tuple[nn.Module, Tail]:
         return module, lambda x, shortcut: F.relu_(module(x) + shortcut)
 
-    return {
+    found = {
         NONE: (None, lambda x, shortcut: F.relu_(x + shortcut)),
         TEXTBOOK: (textbook, lambda x, shortcut: F.relu(textbook(x) + shortcut)),
         LAYER: in_place_of_sge(layer),
         TAIL: (layer, lambda x, shortcut: layer.residual(x, shortcut, inplace=True)),
         **{f"timm {kind}": in_place_of_sge(timm_attention(kind, channels)) for kind in RIVALS},
     }
+    if compiled:
+        kernel = SpatialGroupEnhance(kernel="compile")
+        found[COMPILED_TEXTBOOK] = (textbook, torch.compile(found[TEXTBOOK][1]))
+        found[COMPILED_LAYER] = (layer, torch.compile(found[LAYER][1]))
+        found[COMPILED_TAIL] = (kernel, lambda x, shortcut: kernel.residual(x, shortcut, inplace=True))
+    return found
 
 
 def saved_bytes(tail: Tail, x: Tensor, shortcut: Tensor, module: nn.Module | None = None) -> int:
@@ -174,16 +188,18 @@ def summary(times: list[float]) -> dict[str, float]:
     return {"median_ms": median, "quartiles_ms": [low, high]}
 
 
-def benchmark_layer(shapes: list[tuple[int, int, int, int]], rounds: int) -> dict:
+def benchmark_layer(shapes: list[tuple[int, int, int, int]], rounds: int, compiled: bool = False) -> dict:
     """Times the block tails at each shape, float32 on the CPU.
 
     Args:
         shapes: (N, C, H, W), C a multiple of 64.
         rounds: how often each contestant is timed in each mode; at least 2.
+        compiled: compiled contestants too; how long their first calls take is told apart.
 
     Returns:
         ``{"threads", "rounds", "memory_kept", "shapes": [{"shape", "bytes", "contestants": {name: {"forward":
-        {"median_ms", "quartiles_ms"}, "forward+backward": ..., "saved": activations, "temporary": activations}}}]}``.
+        {"median_ms", "quartiles_ms", "first_call_s"}, "forward+backward": ..., "saved": activations, "temporary":
+        activations}}}]}``.
 
     Raises:
         UserError: 64 groups do not divide the channels, or timm is not installed.
@@ -197,16 +213,17 @@ def benchmark_layer(shapes: list[tuple[int, int, int, int]], rounds: int) -> dic
         "threads": torch.get_num_threads(),
         "rounds": rounds,
         "memory_kept": keep_memory(24 * largest),
-        "shapes": [_benchmark_shape(shape, rounds) for shape in shapes],
+        "shapes": [_benchmark_shape(shape, rounds, compiled) for shape in shapes],
     }
 
 
-def _benchmark_shape(shape: tuple[int, int, int, int], rounds: int) -> dict:
+def _benchmark_shape(shape: tuple[int, int, int, int], rounds: int, compiled: bool) -> dict:
     torch.manual_seed(0)
+    torch.compiler.reset()  # what was compiled for another shape
     original, shortcut, upstream = (torch.randn(shape) for _ in range(3))
     x, target = original.clone(), torch.empty(shape)
     size = x.untyped_storage().nbytes()
-    tails = contestants(shape[1])
+    tails = contestants(shape[1], compiled)
 
     def copy() -> float:
         x.copy_(original)
@@ -243,8 +260,9 @@ def _benchmark_shape(shape: tuple[int, int, int, int], rounds: int) -> dict:
     }
     results = {name: {} for name in (COPY, *tails)}
     for mode, functions in times.items():
+        first = {name: function() for name, function in functions.items()}
         for name, seconds in interleaved_times(functions, rounds).items():
-            results[name][mode] = summary(seconds)
+            results[name][mode] = summary(seconds) | {"first_call_s": first[name]}
     kept = {
         name: saved_bytes(tail, original.clone().requires_grad_(), shortcut.clone().requires_grad_(), module)
         for name, (module, tail) in tails.items()
@@ -289,6 +307,14 @@ def layer_report(result: dict) -> str:
             floors,
             ["N, C, H, W", "floor, ms", "floor / textbook", f"{TAIL} / floor"],
         )
+    compiled = [name for name in (COMPILED_TEXTBOOK, COMPILED_LAYER, COMPILED_TAIL) if name in names]
+    if compiled:
+        rows = [
+            [label, mode, *(entry["contestants"][name][mode]["first_call_s"] for name in compiled)]
+            for label, entry in zip(labels, result["shapes"], strict=True)
+            for mode in FLOOR_TENSORS
+        ]
+        table("seconds of the first call, which compiles", rows, ["N, C, H, W", "", *compiled])
     for key, title in (
         ("saved", "kept for backward beyond the block without attention, in activations"),
         ("temporary", "peak memory in forward beyond the output, in activations"),
@@ -307,7 +333,7 @@ def _with_spread(timed: dict, unit: float) -> str:
     return f"{timed['median_ms'] / unit:.2f} ({low / unit:.2f}-{high / unit:.2f})"
 
 
-def benchmark_model(cfg: CfgNode, rounds: int, images: int, size: tuple[int, int]) -> dict:
+def benchmark_model(cfg: CfgNode, rounds: int, images: int, size: tuple[int, int], others: Sequence[str] = ()) -> dict:
     """Times a detector and its plain twin, with the same random weights, on the same generated images.
 
     Args:
@@ -315,11 +341,12 @@ def benchmark_model(cfg: CfgNode, rounds: int, images: int, size: tuple[int, int
         rounds: how often each is timed in each mode; at least 2.
         images: images in a batch.
         size: height and width of the images in pixels.
+        others: more contestants, of ``OTHERS``.
 
     Returns:
         ``{"device", "threads", "rounds", "images", "size", "memory_kept", "inference", "training step"}``, the last
-        two ``{"sge" or "plain": {"median_ms", "quartiles_ms", "peak_bytes"}, "time_ratio", "memory_ratio"}``. Peak
-        bytes are beyond weights and inputs on the CPU, everything on a GPU.
+        two ``{"sge", "plain" or another: {"median_ms", "quartiles_ms", "first_call_s", "peak_bytes"}, "time_ratio",
+        "memory_ratio"}`` with sge's ratios. Peak bytes are beyond weights and inputs on the CPU, everything on a GPU.
 
     Raises:
         UserError: ``cfg`` is the plain detector itself.
@@ -328,7 +355,9 @@ def benchmark_model(cfg: CfgNode, rounds: int, images: int, size: tuple[int, int
         raise UserError("MODEL.SGE.ENABLED is False: give the config with SGE, the plain twin is made from it")
     device = torch.device(cfg.MODEL.DEVICE)
     kept = device.type == "cpu" and keep_memory(2**30)
-    models = _twins(cfg)
+    models = _twins(cfg) | {name: _other(cfg, name) for name in others}
+    for name in others:
+        models[name].load_state_dict(models["plain"].state_dict(), strict=False)
     batch = _generated_batch(cfg, images, size)
     modes = {
         "inference": {name: _inference(model, batch) for name, model in models.items()},
@@ -344,9 +373,12 @@ def benchmark_model(cfg: CfgNode, rounds: int, images: int, size: tuple[int, int
         "memory_kept": kept,
     }
     for mode, functions in modes.items():
-        times = interleaved_times({name: _timed(function, device) for name, function in functions.items()}, rounds)
+        timed = {name: _timed(function, device) for name, function in functions.items()}
+        first = {name: function() for name, function in timed.items()}
+        times = interleaved_times(timed, rounds)
         entry = {
-            name: summary(times[name]) | {"peak_bytes": _peak(function, device)} for name, function in functions.items()
+            name: summary(times[name]) | {"first_call_s": first[name], "peak_bytes": _peak(function, device)}
+            for name, function in functions.items()
         }
         entry["time_ratio"] = entry["sge"]["median_ms"] / entry["plain"]["median_ms"]
         entry["memory_ratio"] = entry["sge"]["peak_bytes"] / entry["plain"]["peak_bytes"]
@@ -366,6 +398,56 @@ def _twins(cfg: CfgNode) -> dict[str, nn.Module]:
             ignore_padding(models[name])
     models["sge"].load_state_dict(models["plain"].state_dict(), strict=False)
     return models
+
+
+# More contestants of a detector: its overrides, and what of it is compiled.
+OTHERS: dict[str, tuple[list, str | None]] = {
+    "save memory": (["MODEL.SGE.SAVE_MEMORY", True], None),
+    "kernel compile": (["MODEL.SGE.KERNEL", "compile"], None),
+    "plain, backbone compiled": (["MODEL.SGE.ENABLED", False], "backbone"),
+    "backbone compiled": ([], "backbone"),
+    "detector compiled": ([], "detector"),
+    "blocks checkpointed": ([], "checkpoint"),
+    "x in bfloat16": ([], "bfloat16"),
+}
+
+
+def _other(cfg: CfgNode, name: str) -> nn.Module:
+    overrides, change = OTHERS[name]
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.merge_from_list(overrides)
+    model = build_model(cfg)
+    if change == "backbone":
+        model.backbone.compile()
+    elif change == "detector":
+        model.compile()
+    elif change == "checkpoint":
+        _exchange_forwards(model, lambda block: functools.partial(checkpoint, block.forward, use_reentrant=False))
+    elif change == "bfloat16":
+        _exchange_forwards(model, _input_in_half)
+    return model
+
+
+def _exchange_forwards(model: nn.Module, forward: Callable[[nn.Module], Callable]) -> None:
+    for block in model.modules():
+        if isinstance(block, AttentiveBasicBlock | AttentiveBottleneckBlock):
+            block.forward = forward(block)
+
+
+def _input_in_half(block: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The block's forward pass; SGE's input is kept in bfloat16, which is not what was gated."""
+    residual = block.sge.residual
+
+    def lean(x: Tensor, shortcut: Tensor, inplace: bool = False) -> Tensor:
+        result = residual(x, shortcut)
+        half = x.detach().bfloat16()
+        if result.requires_grad:
+            replace_saved_input(result, half.clone)
+        return result
+
+    block.sge.residual = lean
+    return block.forward
 
 
 def _generated_batch(cfg: CfgNode, images: int, size: tuple[int, int]) -> list[dict]:
@@ -440,20 +522,15 @@ def model_report(result: dict) -> str:
     height, width = result["size"]
     rows = []
     for mode in ("inference", "training step"):
-        entry = result[mode]
-        plain, sge = entry["plain"], entry["sge"]
-        rows.append(
-            [
-                mode,
-                plain["median_ms"],
-                _with_spread(sge, plain["median_ms"]),
-                plain["peak_bytes"] / 2**20,
-                entry["memory_ratio"],
-            ]
-        )
-    headers = ["", "plain, ms", "SGE / plain (quartiles)", "plain, peak MiB", "SGE / plain, peak memory"]
+        contestants = {name: entry for name, entry in result[mode].items() if isinstance(entry, dict)}
+        plain = contestants["plain"]
+        for name, entry in contestants.items():
+            ratio = entry["peak_bytes"] / plain["peak_bytes"]
+            time = _with_spread(entry, plain["median_ms"])
+            rows.append([mode, name, entry["median_ms"], time, entry["peak_bytes"] / 2**20, ratio])
+    headers = ["", "", "ms", "to plain (quartiles)", "peak MiB", "to plain"]
     return (
         f"{result['images']} image(s) of {height}x{width}, {result['device']}, {result['threads']} threads, "
         f"{result['rounds']} rounds, torch {result['torch']}\n\n"
-        + tabulate(rows, headers, tablefmt="github", floatfmt=("", ".0f", "", ".0f", ".3f"))
+        + tabulate(rows, headers, tablefmt="github", floatfmt=("", "", ".0f", "", ".0f", ".3f"))
     )

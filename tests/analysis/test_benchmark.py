@@ -1,11 +1,13 @@
+import csv
 import json
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from sge_det.analysis import benchmark
+from sge_det.analysis import benchmark, history
 from sge_det.analysis import kernels as kernel_benchmark
+from sge_det.errors import UserError
 from sge_det.layers import kernels, sge_compiled
 from sge_det.layers.sge import SpatialGroupEnhance
 
@@ -61,14 +63,25 @@ def test_times_are_taken_in_turn():
 
 
 def test_layer_tool(run_tool, tmp_path):
-    done = run_tool("benchmark.py", "layer", "--shapes", "1,64,5,5", "2,64,3,4", "--rounds", 2, "--json", "layer.json")
+    shapes = ["--shapes", "1,64,5,5", "2,64,3,4"]
+    options = [*shapes, "--rounds", 2, "--compile", "--json", "layer.json", "--history", "history.csv"]
+    done = run_tool("benchmark.py", "layer", *options, env={"TORCHDYNAMO_DISABLE": "1"})
     assert done.returncode == 0, done.stderr
     assert "ratios to the textbook" in done.stdout and "| 2x64x3x4" in done.stdout
     result = json.loads((tmp_path / "layer.json").read_text())
     assert [entry["shape"] for entry in result["shapes"]] == [[1, 64, 5, 5], [2, 64, 3, 4]]
     assert set(result["shapes"][0]["contestants"]) == {
-        *("copy", "no attention", "textbook", "layer", "block tail", "timm se", "timm eca", "timm cbam")
+        *("copy", "no attention", "textbook", "layer", "block tail", "timm se", "timm eca", "timm cbam"),
+        *("compiled textbook", "compiled layer", "KERNEL compile"),
     }
+    assert "seconds of the first call" in done.stdout
+    rows = list(csv.DictReader((tmp_path / "history.csv").open()))
+    assert tuple(rows[0]) == history.COLUMNS and len(rows) == 2 * 2 * 10
+    assert history.append_history(tmp_path / "history.csv", result) == len(rows)
+    assert len((tmp_path / "history.csv").read_text().splitlines()) == 1 + 2 * len(rows)
+    (tmp_path / "other.csv").write_text("a,b\n")
+    with pytest.raises(UserError, match=r"other\.csv is no history of benchmarks"):
+        history.append_history(tmp_path / "other.csv", result)
 
 
 @pytest.mark.parametrize("shape", ["1,100,5,5", "1,64,5", "1,64,0,5"])
@@ -80,7 +93,10 @@ def test_layer_tool_says_what_is_wrong_with_a_shape(run_tool, shape):
 
 def test_model_tool(run_tool, tmp_path):
     arguments = ["--config-file", "sample/faster_rcnn_SGE_R_50_FPN.yaml", "--size", 64, 96, "--rounds", 2]
-    done = run_tool("benchmark.py", "model", *arguments, "--json", "model.json", "MODEL.DEVICE", "cpu")
+    others = ["save memory", "blocks checkpointed", "x in bfloat16", "backbone compiled"]
+    options = ["--with", *others, "--history", "history.csv", "--json", "model.json", "MODEL.DEVICE", "cpu"]
+    # compiled is then what it was: no compiler is needed
+    done = run_tool("benchmark.py", "model", *arguments, *options, env={"TORCHDYNAMO_DISABLE": "1"})
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "model.json").read_text())
     for mode in ("inference", "training step"):
@@ -88,6 +104,11 @@ def test_model_tool(run_tool, tmp_path):
         entry = result[mode]
         assert entry["time_ratio"] == entry["sge"]["median_ms"] / entry["plain"]["median_ms"]
         assert entry["memory_ratio"] == entry["sge"]["peak_bytes"] / entry["plain"]["peak_bytes"] > 0.5
+        assert set(others) < set(entry)
+    peaks = {name: timed["peak_bytes"] for name, timed in result["training step"].items() if isinstance(timed, dict)}
+    assert peaks["save memory"] < peaks["x in bfloat16"] < peaks["sge"]
+    rows = list(csv.DictReader((tmp_path / "history.csv").open()))
+    assert len(rows) == 2 * 2 * (1 + len(others)) and {row["shape"] for row in rows} == {"1x3x64x96"}
 
 
 def test_model_tool_wants_the_config_with_sge(run_tool):
