@@ -4,6 +4,8 @@ measure_gain.py --config-file configs/sample/faster_rcnn_SGE_R_50_FPN.yaml --out
 measure_gain.py --config-file F --output DIR --arms plain sge sge-fixed se --arm wide MODEL.SGE.GROUPS 32
 measure_gain.py --config-file F --output DIR --decide 0.5 --max-seeds 12      # adds seeds until the answer is in
 measure_gain.py --compare --gt instances.json --arm-results plain P.json --arm-results sge S.json --output DIR
+measure_gain.py --metric top1 --output DIR --seeds 0 1 2 --pretrain --train train/ --val val/ --model resnet50
+measure_gain.py --compare --metric top1 --arm-results plain out/plain/* --arm-results sge out/sge/* --output DIR
 measure_gain.py --plan --pilot DIR --difference 1                             # how many seeds would that take?
 Run the same command again to go on where it stopped, or start it several times to share the runs.
 """
@@ -17,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import quiet  # noqa: F401
+from detectron2.utils.logger import setup_logger
 
 from sge_det.engine.launching import TIMEOUT_SECONDS, check_launch
 from sge_det.engine.stopping import signals_handled
@@ -30,14 +33,17 @@ from sge_det.gain import (
     Measurement,
     Question,
     RunFailed,
+    compare_classified,
     compare_results,
     decide_gain,
     draw_report,
+    measure_classified_gain,
     measure_gain,
     report_gain,
     write_figures,
 )
 from sge_det.gain.arms import BUILT_IN
+from sge_det.gain.classified import METRICS as CLASSIFIED
 from sge_det.gain.cluster import KINDS
 from sge_det.gain.inference import MARGIN
 from sge_det.gain.looks import FIRST_SEEDS, MOST_SEEDS
@@ -71,11 +77,21 @@ def parser() -> argparse.ArgumentParser:
         help=f"the first is the reference; of {', '.join(BUILT_IN)} and those of --arm (default plain sge)",
     )
     add("--arm", nargs="+", action="append", default=[], metavar=("NAME", "KEY VALUE"), help="an arm of your own")
+    add(
+        "--pretrain",
+        nargs=argparse.REMAINDER,
+        metavar="OPTION",
+        help="with --metric top1: all that follows are options of tools/pretrain.py, which trains the arms",
+    )
     add_dataset_option(arguments, "register a COCO-format data set (repeatable), as in train_net.py")
     add("--jobs", type=int, default=1, metavar="N", help="runs at once; they share the cores and GPUs (default 1)")
     add("--bootstrap", type=int, default=1000, metavar="N", help="image bootstrap samples; 0 for none (default 1000)")
     question = arguments.add_argument_group("question", "what the verdict answers; named before the first run")
-    question.add_argument("--metric", default="AP", help="the primary metric, of boxes; all others are exploratory")
+    question.add_argument(
+        "--metric",
+        default="AP",
+        help="the primary metric, of boxes, or top1 or top5 of classifiers; all else is exploratory",
+    )
     question.add_argument(
         "--margin", type=float, default=MARGIN, metavar="AP", help=f"the least difference that matters ({MARGIN:g})"
     )
@@ -128,7 +144,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar=("NAME", "PRED.json"),
-        help="an arm's result files, in the order of the seeds (repeatable, the reference first)",
+        help="an arm's result files, or folders of pretrain.py, by seed (repeatable, the reference first)",
     )
     return arguments
 
@@ -165,6 +181,8 @@ def cluster_of(args: argparse.Namespace, options: Sequence[str], overrides: Sequ
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Parts the options from the KEY VALUE pairs at the end, which lists such as ``--seeds`` would swallow."""
     argv = list(argv)
+    if "--pretrain" in argv:
+        return argv, []
     if "--" in argv:
         place = argv.index("--")
         return argv[:place], argv[place + 1 :]
@@ -197,6 +215,8 @@ def run(args: argparse.Namespace, options: Sequence[str], overrides: list[str]) 
     only_plan = {"--pilot": args.pilot, "--sd": args.sd}
     if given := [option for option, value in only_plan.items() if value]:
         raise UserError(f"{', '.join(given)} goes with --plan")
+    if args.metric in CLASSIFIED or args.pretrain is not None:
+        return classify(args, overrides)
     if args.gt or args.arm_results or args.images:
         raise UserError("--gt, --arm-results and --images go with --compare")
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -245,6 +265,33 @@ def default_seeds(args: argparse.Namespace, looks: Looks | None) -> list[int]:
         return list(range(looks.first))
     plan = declared(args.output) if args.report_only else None
     return plan["seeds"] if plan else [0]
+
+
+def classify(args: argparse.Namespace, overrides: list[str]) -> Measurement:
+    if args.metric not in CLASSIFIED:
+        raise UserError(f"--pretrain trains classifiers: give --metric {' or '.join(CLASSIFIED)}")
+    if args.pretrain is None:
+        raise UserError(
+            f"--metric {args.metric} is of classifiers: train them by --pretrain and options of tools/pretrain.py, or "
+            "give --compare and --arm-results NAME FOLDER for each arm"
+        )
+    idle = {"--config-file": args.config_file, "--dataset": args.dataset, "--jobs": args.jobs > 1, "--run": args.run}
+    idle |= {"--import": args.imports, "--gt": args.gt, "--images": args.images, "--arm-results": args.arm_results}
+    idle |= {"--until": args.until, "--decide": args.decide is not None, "--report-only": args.report_only}
+    idle |= {"--no-wait": args.no_wait, "--keep-going": args.keep_going, "--cluster": args.cluster}
+    idle |= {"KEY VALUE": overrides}
+    if given := [option for option, value in idle.items() if value]:
+        raise UserError(f"--pretrain trains classifiers one after the other: leave out {', '.join(given)}")
+    args.timeout = TIMEOUT_SECONDS
+    check_launch(args, None)
+    from sge_det.gain.pretraining import PretrainingMatrix  # needs timm
+
+    setup_logger(name="sge_det")
+    seeds = [0] if args.seeds is None else args.seeds
+    arms = {"arm_names": args.arms or ["plain", "sge"], "custom_arms": args.arm, "seeds": seeds}
+    matrix = PretrainingMatrix(args.pretrain, args.output, **arms)
+    question = asked(args)
+    return measure_classified_gain(matrix, args, bootstrap=args.bootstrap, question=question, against=args.against)
 
 
 def asked(args: argparse.Namespace) -> Question:
@@ -322,11 +369,20 @@ def compare(args: argparse.Namespace, overrides: list[str]) -> Measurement:
     given = [option for option, value in idle.items() if value]
     if given:
         raise UserError(f"--compare trains nothing: leave out {' '.join(given)}")
-    if not args.gt or not args.arm_results:
-        raise UserError("--compare needs --gt INSTANCES.json and --arm-results NAME PRED.json for each arm")
+    classified = args.metric in CLASSIFIED
+    if classified and (args.gt or args.images):
+        raise UserError(f"--metric {args.metric} is of classified images: leave out --gt and --images")
+    if not (args.gt or classified) or not args.arm_results:
+        needed = "--arm-results NAME FOLDER" if classified else "--gt INSTANCES.json and --arm-results NAME PRED.json"
+        raise UserError(f"--compare needs {needed} for each arm")
     names = [name for name, *_ in args.arm_results]
     if len(set(names)) < len(names):
         raise UserError("--arm-results gives an arm twice: name all files of an arm in one")
+    if classified:
+        arms = {name: files for name, *files in args.arm_results}
+        return compare_classified(
+            arms, args.output, bootstrap=args.bootstrap, question=asked(args), against=args.against
+        )
     return compare_results(
         args.gt,
         {name: files for name, *files in args.arm_results},

@@ -8,13 +8,19 @@ pretrain.py --train train.tar --val test.tar --model sge_resnet50 --output out -
 """
 
 import argparse
+import sys
 
 import quiet  # noqa: F401
 from detectron2.utils.logger import setup_logger
 
 from sge_det.engine.launching import TIMEOUT_SECONDS, check_launch, find_place, launch
-from sge_det.engine.pretraining import add_options, from_options, pretrain
-from sge_det.errors import user_errors
+from sge_det.errors import UserError, user_errors
+
+try:
+    from sge_det.engine.pretraining import add_options, from_options, pretrain
+except UserError as error:  # without timm
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -235,18 +235,19 @@ class ReplayableLoader:
             collate_fn=list,
             # else the loader's start would draw from the generator that the heads sample with
             generator=torch.Generator(),
-            worker_init_fn=_leave_signals_to_parent,
+            worker_init_fn=leave_signals_to_parent,
         )
-        yield from _with_plain_errors(loader, self.timeout)
+        yield from with_plain_errors(loader, self.timeout)
 
 
-def _leave_signals_to_parent(worker: int) -> None:
+def leave_signals_to_parent(worker: int) -> None:
     """A worker whose whole group is signalled goes on until the step ends; without its parent it ends by itself."""
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)
 
 
-def _with_plain_errors(loader: torch.utils.data.DataLoader, timeout: float = 0) -> Iterator[list[dict]]:
+def with_plain_errors(loader: torch.utils.data.DataLoader, timeout: float = 0) -> Iterator[Any]:
+    """The batches of a loader, whose workers' errors arrive as they were and who ends with them."""
     iterator = iter(loader)
     _open_iterators.append(iterator)
     try:
@@ -325,7 +326,7 @@ def build_test_loader(cfg: CfgNode, name: str, *, alone: bool = False) -> "Evalu
     sampler = {"sampler": range(len(DatasetCatalog.get(name)))} if alone else {}
     loader = build_detection_test_loader(cfg, name, mapper=mapper, **sampler)
     if loader.num_workers:
-        loader.worker_init_fn = _leave_signals_to_parent
+        loader.worker_init_fn = leave_signals_to_parent
     return EvaluationLoader(loader, cfg.DATALOADER.get("TIMEOUT", 0))
 
 
@@ -340,7 +341,7 @@ class EvaluationLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[list[dict]]:
-        return _with_plain_errors(self.loader, self.timeout)
+        return with_plain_errors(self.loader, self.timeout)
 
 
 class _Batches:

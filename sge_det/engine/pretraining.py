@@ -6,37 +6,49 @@ after an interruption ends as it would have ended without it, with any number of
 
 import argparse
 import ast
+import contextlib
 import json
 import logging
 import math
 import random
+import tarfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from detectron2.utils import comm
-from timm.data import Mixup, create_dataset, create_transform, resolve_data_config
-from timm.loss import SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3, distribute_bn
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import ToTensor
 from tqdm import tqdm
 
 from ..checkpoint.safe_load import Unreadable, load_file
+from ..data.loader import leave_signals_to_parent, with_plain_errors
 from ..errors import Stopped, UserError
 from ..files import make_folder, remove_file, replacing, write_json
-from ..modeling.timm import SGEAttention
 from ..solver import scale_sge_lr
 from .claims import locked
 from .stopping import asked, waiting
+
+try:
+    import timm
+    from timm.data import Mixup, create_transform, resolve_data_config
+    from timm.data.readers import create_reader
+    from timm.loss import SoftTargetCrossEntropy
+    from timm.models.resnet import ResNet, downsample_conv
+    from timm.optim import create_optimizer_v2
+    from timm.scheduler import create_scheduler_v2
+    from timm.utils import ModelEmaV3, distribute_bn
+
+    from ..modeling.timm import SGEAttention
+except ImportError as error:
+    raise UserError("pretraining needs timm, which is missing: pip install timm") from error
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +74,7 @@ class Pretraining:
         model: one of timm's ResNets; ``sge_`` before its name puts SGE into its blocks.
         model_kwargs: of ``timm.create_model``: ``channels``, ``base_width``, ``stem_width``, ``drop_path_rate``, ...
         groups: channel groups of each SGE layer.
+        stem_channels: channels of the first convolution, which timm has no argument for; 64 as in every ResNet.
         img_size: side of the images, px.
         epochs: passes over the training images.
         batch_size: images of a step, all processes together.
@@ -87,6 +100,7 @@ class Pretraining:
     model: str = "sge_resnet50"
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     groups: int = 64
+    stem_channels: int = 64
     img_size: int = 224
     epochs: int = 100
     batch_size: int = 256
@@ -122,7 +136,17 @@ class Pretraining:
 
     @property
     def torch_device(self) -> torch.device:
-        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        """Where it is trained.
+
+        Raises:
+            UserError: there is no such device.
+        """
+        name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if name not in ("cuda", "cpu"):
+            raise UserError(f"--device {name} is not one of cuda, cpu")
+        if name == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: torch sees no GPU here; give --device cpu")
+        return torch.device(name)
 
     def check(self, world: int = 1) -> None:
         """Checks what can be told before any image is read.
@@ -133,7 +157,7 @@ class Pretraining:
         Raises:
             UserError: a value that cannot be, with its name.
         """
-        for name in ("epochs", "batch_size", "img_size", "groups", "checkpoint_epochs", "log_period"):
+        for name in ("epochs", "batch_size", "img_size", "groups", "stem_channels", "checkpoint_epochs", "log_period"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{_flag(name)} {getattr(self, name)} must be at least 1")
         for name in ("lr", "weight_decay", "warmup_epochs", "mixup", "cutmix", "clip_grad", "workers", "sge_lr_factor"):
@@ -240,20 +264,64 @@ def _compare(folder: Path, made_from: dict[str, Any]) -> None:
             )
 
 
-class SeededImages(Dataset):
-    """A classified set whose augmentations depend on (seed, epoch, image) alone.
+class Images(Dataset):
+    """Classified images as timm finds them. timm's own data set takes the next image for one that cannot be read.
 
     Args:
-        dataset: from ``timm.data.create_dataset``, with its transform.
+        option: what the path was given as, ``"train"`` or ``"val"``.
+        path: a folder with a folder for each class, or a tar of it.
+
+    Attributes:
+        classes: their names, in the order of the labels.
+        transform: from PIL's image to a tensor.
+
+    Raises:
+        UserError: there are no such images.
+    """
+
+    def __init__(self, option: str, path: str):
+        self.option, self.path = option, path
+        try:
+            self.reader = create_reader("", root=path)
+        except (OSError, RuntimeError, ValueError, AssertionError, tarfile.TarError) as error:
+            raise UserError(f"--{option} {path} has no images in a folder for each class: {error}") from error
+        if len(self.reader) == 0:
+            raise UserError(f"--{option} {path} has no images in a folder for each class")
+        # timm's names for it, of folders and of tars
+        found = getattr(self.reader, "class_to_idx", None) or self.reader.class_name_to_idx
+        self.classes = sorted(found, key=found.get)
+        self.transform: Callable[[Image.Image], Tensor] = ToTensor()
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        try:
+            file, label = self.reader[index]
+            with file:
+                image = Image.open(file).convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(
+                f"--{self.option} {self.path}: {self.reader.filename(index)} cannot be read as an image ({error}): "
+                "mend or remove it"
+            ) from error
+        return self.transform(image), label
+
+
+class SeededImages(Dataset):
+    """Images whose augmentations depend on (seed, epoch, image) alone.
+
+    Args:
+        images: with their transform.
         seed: of the run.
     """
 
-    def __init__(self, dataset: Dataset, seed: int):
-        self.dataset = dataset
+    def __init__(self, images: Images, seed: int):
+        self.images = images
         self.seed = seed
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.images)
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = place
@@ -261,7 +329,7 @@ class SeededImages(Dataset):
         random.seed(int(state[0]))
         np.random.seed(state[1])
         torch.manual_seed(int(state[2]))
-        return self.dataset[index]
+        return self.images[index]
 
 
 class EpochSampler(Sampler):
@@ -306,29 +374,32 @@ class _Session:
         config = resolve_data_config({"img_size": run.img_size}, model=self.model, verbose=False)
         look = {name: config[name] for name in ("interpolation", "mean", "std")}
         self.metadata = {"mean": list(look["mean"]), "std": list(look["std"]), "img_size": run.img_size}
-        self.train_set.dataset.transform = create_transform(
-            run.img_size,
-            is_training=True,
-            scale=(run.scale, 1.0),
-            color_jitter=run.color_jitter or None,
-            auto_augment=run.auto_augment or None,
-            re_prob=run.reprob,
-            **look,
-        )
+        with _named(f"--auto-augment {run.auto_augment}"):
+            self.train_set.images.transform = create_transform(
+                run.img_size,
+                is_training=True,
+                scale=(run.scale, 1.0),
+                color_jitter=run.color_jitter or None,
+                auto_augment=run.auto_augment or None,
+                re_prob=run.reprob,
+                **look,
+            )
         self.val_set.transform = create_transform(run.img_size, crop_pct=run.crop_pct, **look)
-        self.optimizer = create_optimizer_v2(self.model, opt=run.opt, lr=run.lr, weight_decay=run.weight_decay)
+        with _named(f"--opt {run.opt}"):
+            self.optimizer = create_optimizer_v2(self.model, opt=run.opt, lr=run.lr, weight_decay=run.weight_decay)
         scale_sge_lr(self.optimizer, self.model, run.sge_lr_factor)
-        self.scheduler, _ = create_scheduler_v2(
-            self.optimizer,
-            sched=run.sched,
-            num_epochs=run.epochs,
-            decay_epochs=run.decay_epochs,
-            decay_rate=run.decay_rate,
-            warmup_epochs=run.warmup_epochs,
-            min_lr=run.min_lr,
-            step_on_epochs=False,
-            updates_per_epoch=self.steps,
-        )
+        with _named(f"--sched {run.sched}"):
+            self.scheduler, _ = create_scheduler_v2(
+                self.optimizer,
+                sched=run.sched,
+                num_epochs=run.epochs,
+                decay_epochs=run.decay_epochs,
+                decay_rate=run.decay_rate,
+                warmup_epochs=run.warmup_epochs,
+                min_lr=run.min_lr,
+                step_on_epochs=False,
+                updates_per_epoch=self.steps,
+            )
         self.ema = ModelEmaV3(self.model, decay=run.ema_decay, use_warmup=True) if run.ema_decay else None
         self.scaler = torch.amp.GradScaler("cuda", enabled=run.amp == "float16")
         self.mixup = None
@@ -336,6 +407,7 @@ class _Session:
             self.mixup = Mixup(run.mixup, run.cutmix, label_smoothing=run.smoothing, num_classes=len(self.classes))
         self.epoch, self.step, self.seconds = 0, 0, 0.0
         self.history: list[dict[str, float]] = []
+        self.hits: list[tuple[int, bool, bool]] | None = None
         self._load()
         self.parallel = self.model
         if comm.get_world_size() > 1:
@@ -355,12 +427,10 @@ class _Session:
         run = self.run
         sampler = EpochSampler(len(self.train_set), run.batch_size, run.seed)
         sampler.epoch, sampler.start = self.epoch, self.step
-        loader = DataLoader(
-            self.train_set, self.share, sampler=sampler, num_workers=run.workers, drop_last=True, pin_memory=_pins(self)
-        )
+        loader = self._loader(self.train_set, sampler)
         self.model.train()
         began, images, loss_sum, first = time.monotonic(), 0, 0.0, self.step
-        for inputs, labels in loader:
+        for inputs, labels in with_plain_errors(loader):
             loss = self._update(inputs.to(self.device), labels.to(self.device))
             self.step += 1
             images += run.batch_size
@@ -379,6 +449,16 @@ class _Session:
                 raise Stopped(signum)
         self.seconds += time.monotonic() - began
         self.epoch, self.step = self.epoch + 1, 0
+
+    def _loader(self, images: Dataset, sampler: Iterable) -> DataLoader:
+        return DataLoader(
+            images,
+            self.share,
+            sampler=sampler,
+            num_workers=self.run.workers,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=leave_signals_to_parent,
+        )
 
     def _update(self, inputs: Tensor, labels: Tensor) -> float:
         run = self.run
@@ -416,7 +496,8 @@ class _Session:
     def _evaluate_epoch(self) -> None:
         if comm.get_world_size() > 1:
             distribute_bn(self.model, comm.get_world_size(), reduce=True)
-        found = accuracies(self.evaluate(self.model))
+        self.hits = self.evaluate(self.model)
+        found = accuracies(self.hits)
         self.history.append({"epoch": self.epoch, **found})
         logger.info(f"epoch {self.epoch}/{self.run.epochs}: top-1 {found['top1']:.2f}, top-5 {found['top5']:.2f}")
 
@@ -424,12 +505,10 @@ class _Session:
         """(image, its class is the first of the scores, is among the first five) for each validation image."""
         model.eval()
         own = range(comm.get_rank(), len(self.val_set), comm.get_world_size())
-        loader = DataLoader(
-            self.val_set, self.share, sampler=list(own), num_workers=self.run.workers, pin_memory=_pins(self)
-        )
+        loader = self._loader(self.val_set, list(own))
         hits: list[tuple[bool, bool]] = []
         with torch.inference_mode():
-            for inputs, labels in tqdm(loader, desc="evaluation", disable=None, leave=False):
+            for inputs, labels in tqdm(with_plain_errors(loader), "evaluation", len(loader), leave=False, disable=None):
                 with torch.autocast(
                     self.device.type, getattr(torch, self.run.amp or "bfloat16"), enabled=bool(self.run.amp)
                 ):
@@ -442,8 +521,13 @@ class _Session:
     def _finish(self) -> dict[str, Any]:
         if (self.run.folder / RESULT).exists():
             return json.loads((self.run.folder / RESULT).read_bytes())
-        hits = self.evaluate(self.model)
-        ema = accuracies(self.evaluate(self.ema.module)) if self.ema is not None else None
+        hits = self.evaluate(self.model) if self.hits is None else self.hits
+        ema = None
+        if self.ema is not None:
+            if comm.get_world_size() > 1:
+                # each process has averaged its own statistics; those of the first are saved
+                distribute_bn(self.ema.module, comm.get_world_size(), reduce=False)
+            ema = accuracies(self.evaluate(self.ema.module))
         result = {
             **accuracies(hits),
             "ema": ema,
@@ -459,8 +543,10 @@ class _Session:
             if self.ema is not None:
                 state["state_dict_ema"] = _on_cpu(self.ema.module)
             _write(folder / FINAL, state)
-            names = [self.val_set.filename(index) for index, *_ in hits]
+            names = [self.val_set.reader.filename(index) for index, *_ in hits]
             predictions = {
+                "model": self.run.model,
+                "seed": self.run.seed,  # else two runs that get the same images right were one
                 "images": names,
                 "top1": [int(hit[1]) for hit in hits],
                 "top5": [int(hit[2]) for hit in hits],
@@ -524,16 +610,56 @@ def build_model(run: Pretraining, classes: int) -> nn.Module:
     torch.manual_seed(run.seed)
     try:
         plain = timm.create_model(name, num_classes=classes, **kwargs)
+        if not isinstance(plain, ResNet):
+            raise UserError(
+                f"--model {run.model}: timm's {name} is no ResNet, so it has no place for SGE in its blocks"
+            )
+        plain = _with_stem(plain, run.stem_channels)
         if name == run.model:
             return plain
         attention = {"attn_layer": _Grouped(run.groups)}
         model = timm.create_model(name, num_classes=classes, **kwargs, block_args=attention)
+        model = _with_stem(model, run.stem_channels)
+    except UserError:
+        raise
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise UserError(f"--model {run.model} {kwargs or ''} cannot be built: {error}") from error
     missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
     if unexpected or not missing:
         raise UserError(f"--model {run.model}: timm's {name} has no place for SGE in its blocks; take a ResNet")
     return model
+
+
+def _with_stem(model: nn.Module, channels: int) -> nn.Module:
+    """The model with another number of channels between its stem and its first stage."""
+    stem = getattr(model, "conv1", None)
+    if channels == 64:
+        return model
+    if not isinstance(stem, nn.Conv2d):
+        raise ValueError("--stem-channels needs a stem of one convolution")
+    first = model.layer1[0]
+    model.conv1 = _resized(stem, stem.in_channels, channels)
+    model.bn1 = type(model.bn1)(channels)
+    first.conv1 = _resized(first.conv1, channels, first.conv1.out_channels)
+    # where the widths were equal there was none
+    first.downsample = first.downsample or downsample_conv(64, model.feature_info[1]["num_chs"], 1)
+    first.downsample[0] = _resized(first.downsample[0], channels, first.downsample[0].out_channels)
+    return model
+
+
+def _resized(conv: nn.Conv2d, inputs: int, outputs: int) -> nn.Conv2d:
+    new = nn.Conv2d(inputs, outputs, conv.kernel_size, conv.stride, conv.padding, bias=False)
+    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")  # as timm starts its ResNets
+    return new
+
+
+@contextlib.contextmanager
+def _named(option: str) -> Iterator[None]:
+    """What timm does not take, as a sentence with the option's name."""
+    try:
+        yield
+    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
+        raise UserError(f"{option} is not taken by timm: {' '.join(str(error).split())[:200]}") from error
 
 
 class _Grouped:
@@ -552,27 +678,12 @@ def accuracies(hits: list[tuple[int, bool, bool]]) -> dict[str, float]:
     return {"top1": 100 * sum(hit[1] for hit in hits) / count, "top5": 100 * sum(hit[2] for hit in hits) / count}
 
 
-def _data(run: Pretraining) -> tuple[SeededImages, Dataset, list[str]]:
-    sets = []
-    for option, path in (("train", run.train), ("val", run.val)):
-        try:
-            found = create_dataset("", root=path, is_training=option == "train")
-            by_name = "class_to_idx" if hasattr(found.reader, "class_to_idx") else "class_name_to_idx"  # folder, tar
-            names = sorted(getattr(found.reader, by_name))
-        except (OSError, RuntimeError, ValueError, AssertionError) as error:
-            raise UserError(f"--{option} {path} has no images in a folder for each class: {error}") from error
-        if len(found) == 0:
-            raise UserError(f"--{option} {path} has no images in a folder for each class")
-        sets.append((found, names))
-    (train, classes), (val, seen) = sets
-    if classes != seen:
-        odd = sorted(set(classes) ^ set(seen))
+def _data(run: Pretraining) -> tuple[SeededImages, "Images", list[str]]:
+    train, val = Images("train", run.train), Images("val", run.val)
+    if train.classes != val.classes:
+        odd = sorted(set(train.classes) ^ set(val.classes))
         raise UserError(f"--train {run.train} and --val {run.val} differ in their classes: {', '.join(odd[:5])}")
-    return SeededImages(train, run.seed), val, classes
-
-
-def _pins(session: _Session) -> bool:
-    return session.device.type == "cuda"
+    return SeededImages(train, run.seed), val, train.classes
 
 
 def _asked_anywhere(device: torch.device) -> int:

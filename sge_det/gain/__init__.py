@@ -1,6 +1,14 @@
 """Measures what an attention module gains: arms, seeds, intervals, a report."""
 
-from .api import compare_results, decide_gain, draw_report, measure_gain, report_gain
+from .api import (
+    compare_classified,
+    compare_results,
+    decide_gain,
+    draw_report,
+    measure_classified_gain,
+    measure_gain,
+    report_gain,
+)
 from .arms import Arm, choose_arms
 from .cluster import Cluster
 from .inference import Interval, both_interval, image_interval, outcomes, seed_interval, welch_interval
@@ -25,11 +33,13 @@ __all__ = [
     "RunFailed",
     "both_interval",
     "choose_arms",
+    "compare_classified",
     "compare_results",
     "decide_gain",
     "draw_report",
     "image_interval",
     "measure",
+    "measure_classified_gain",
     "measure_gain",
     "outcomes",
     "report_gain",

@@ -1,10 +1,12 @@
 """The two ways to a report: train the arms, or take the results that there are."""
 
+import argparse
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import detectron2
 import hotcoco
@@ -12,7 +14,10 @@ import torch
 
 from .. import __version__
 from ..errors import UserError
+from ..evaluation.coco import metric_names
 from ..files import check_folder
+from .classified import METRICS as CLASSIFIED
+from .classified import TASK, TOP1, measure_classified
 from .cluster import Cluster
 from .cost import of_arm
 from .gallery import gallery
@@ -20,11 +25,14 @@ from .input import GroundTruth
 from .looks import Look, Looks
 from .matrix import Matrix
 from .measurement import Measurement, check_question, measure
-from .plan import asks_another_question, declare, declared_look, departures
+from .plan import Departure, asks_another_question, declare, declared_look, departures
 from .processes import RunFailed, check_jobs
 from .report import Extras, write_figures, write_numbers, write_page
 from .schema import read_report
 from .verdict import DECLARED, Question, still_learning
+
+if TYPE_CHECKING:  # it needs timm
+    from .pretraining import PretrainingMatrix
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +152,7 @@ def report_gain(
     """
     names = _reference_first([arm.name for arm in matrix.arms], against)
     truth = GroundTruth(matrix.annotation_file)
-    check_question(question, bootstrap, truth)
+    check_question(question, bootstrap, metric_names(truth.content["categories"]))
     complete = matrix.complete_seeds()
     seeds = complete if seeds is None else list(seeds)
     unfinished = [run.name for run in matrix.runs if not run.finished]
@@ -184,14 +192,10 @@ def report_gain(
     elif unfinished and any(seed not in seeds for seed in matrix.seeds):
         caveats.append(f"Not finished, so that their seeds are left out: {', '.join(unfinished)}.")
     caveats += still_learning(report, extras.curves)
-    if any(departure.exploratory for departure in departed):
-        caveats.append("What was done is not what was declared, so these verdicts are exploratory and none is primary.")
-        for verdict in report["verdicts"]:
-            verdict["primary"] = False
+    caveats += _of_departures(report, departed)
     report["verdict"] = "\n".join([report["verdict"], *caveats])
     report["plan"] = plan
     report["cost"] = {name: of_arm(found) for name, found in results.items()}
-    report["departures"] = [departure.sentence for departure in departed]
     extras.provenance = [
         ("config", matrix.config_file),
         *((f"arm {name}", arms[name].describe(cfg)) for name in names),
@@ -211,7 +215,7 @@ def report_gain(
 def _check(matrix: Matrix, question: Question, bootstrap: int, against: str | None) -> None:
     """What would be found only after the training, before it."""
     _reference_first([arm.name for arm in matrix.arms], against)
-    check_question(question, bootstrap, GroundTruth(matrix.annotation_file))
+    check_question(question, bootstrap, metric_names(GroundTruth(matrix.annotation_file).content["categories"]))
 
 
 def compare_results(
@@ -238,11 +242,7 @@ def compare_results(
     Raises:
         UserError: something that the user can put right.
     """
-    if len(arms) < 2:
-        raise UserError("a comparison needs at least two arms: give --arm-results twice, the reference first")
-    arms = {name: arms[name] for name in _reference_first(list(arms), against)}
-    output = Path(output)
-    check_folder(output, "--output")
+    arms, output = _comparable(arms, output, against)
     if image_root is not None and not Path(image_root).is_dir():
         raise UserError(f"--images {image_root}: there is no such folder")
     check_question(question, bootstrap)
@@ -278,6 +278,105 @@ def draw_report(report: str | Path, output: str | Path) -> Measurement:
     write_page(output, measurement, extras)
     write_figures(output, measurement)
     return measurement
+
+
+def compare_classified(
+    arms: Mapping[str, Sequence[str | Path]],
+    output: str | Path,
+    *,
+    bootstrap: int = 1000,
+    question: Question = TOP1,
+    against: str | None = None,
+    plan: dict | None = None,
+    departed: Sequence[Departure] = (),
+) -> Measurement:
+    """Compares classifiers that ``tools/pretrain.py`` trained and writes the report into ``output``.
+
+    Args:
+        arms: for each arm, the first being the reference, the folder of a run for each seed.
+        output: folder of the report.
+        bootstrap: samples of the image bootstrap, at least 200; 0 for none.
+        question: what is to be answered, of "top1" or "top5".
+        against: the arm that the others are compared with; the first by default.
+        plan, departed: what was declared before the runs, and in what this is something else.
+
+    Raises:
+        UserError: something that the user can put right.
+    """
+    arms, output = _comparable(arms, output, against)
+    measurement, runs = measure_classified(arms, bootstrap=bootstrap, question=question)
+    report = measurement.report
+    caveats = [*(departure.sentence for departure in departed), *_of_departures(report, departed)]
+    report["verdict"] = "\n".join([report["verdict"], *caveats])
+    report["plan"] = plan
+    extras = Extras()
+    if plan is not None:
+        extras.provenance.append(("declared before the first run", _in_words(plan)))
+    for name, tried in runs.items():
+        extras.provenance.append((f"arm {name}", ", ".join(str(run.path.parent) for run in tried)))
+        made = tried[0].result
+        if made:
+            keys = ("model", "model_kwargs", "groups", "train", "val", "img_size", "epochs", "batch_size", "opt", "lr")
+            extras.provenance.append((f"{name} is", ", ".join(f"{key} {made[key]}" for key in keys if key in made)))
+            extras.curves[name] = {
+                seed: {f"{TASK}/top1": [(point["epoch"], point["top1"]) for point in run.result.get("history", ())]}
+                for seed, run in zip(measurement.report["seeds"], tried, strict=True)
+            }
+            spent = sum(run.result.get("seconds", 0) for run in tried)
+            extras.provenance.append((f"training time of {name}", f"{spent / 60:.0f} min"))
+    extras.provenance += _versions()
+    measurement.learning = extras.curves
+    write_numbers(output, measurement, extras)
+    write_page(output, measurement, extras)
+    return measurement
+
+
+def measure_classified_gain(
+    matrix: "PretrainingMatrix",
+    launch_options: argparse.Namespace,
+    *,
+    bootstrap: int = 1000,
+    question: Question = TOP1,
+    against: str | None = None,
+) -> Measurement:
+    """Trains every classifier of ``matrix`` that is not finished, and writes the report into its folder.
+
+    Args:
+        matrix: arms, seeds, options of ``tools/pretrain.py`` and folder.
+        launch_options: ``num_gpus`` and so on, as ``tools/pretrain.py`` has them.
+        bootstrap, question, against: as in :func:`compare_classified`.
+
+    Raises:
+        UserError: something that the user can put right.
+        Stopped: a signal asked for the end; the same call goes on.
+    """
+    ordered = _reference_first([arm.name for arm in matrix.arms], against)
+    check_question(question, bootstrap, CLASSIFIED)
+    plan = declare(matrix, question, against=against)
+    matrix.execute(launch_options)
+    departed = departures(plan, question, ordered, matrix.seeds)
+    how = {"bootstrap": bootstrap, "question": question, "plan": plan, "departed": departed}
+    return compare_classified(matrix.folders(ordered), matrix.output, **how)
+
+
+def _of_departures(report: dict, departed: Sequence[Departure]) -> list[str]:
+    """What is said where what was done is not what was declared: no verdict of ``report`` is primary then."""
+    report["departures"] = [departure.sentence for departure in departed]
+    if not any(departure.exploratory for departure in departed):
+        return []
+    for verdict in report["verdicts"]:
+        verdict["primary"] = False
+    return ["What was done is not what was declared, so these verdicts are exploratory and none is primary."]
+
+
+def _comparable(
+    arms: Mapping[str, Sequence[str | Path]], output: str | Path, against: str | None
+) -> tuple[dict[str, Sequence[str | Path]], Path]:
+    """The arms, the reference first, and the folder of their report, which can be one."""
+    if len(arms) < 2:
+        raise UserError("a comparison needs at least two arms: give --arm-results twice, the reference first")
+    check_folder(output, "--output")
+    return {name: arms[name] for name in _reference_first(list(arms), against)}, Path(output)
 
 
 def _reference_first(names: list[str], against: str | None) -> list[str]:

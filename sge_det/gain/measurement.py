@@ -69,11 +69,11 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def check_question(question: Question, bootstrap: int, truth: GroundTruth | None = None) -> None:
+def check_question(question: Question, bootstrap: int, known: Sequence[str] = ()) -> None:
     """Checks what can be asked, before any work.
 
     Args:
-        truth: knows the names of the metrics; None where it is not there yet.
+        known: names of the metrics; none where they are not known yet.
 
     Raises:
         UserError: too few bootstrap samples, a margin or a difference that is none, or a metric that does not exist.
@@ -85,8 +85,7 @@ def check_question(question: Question, bootstrap: int, truth: GroundTruth | None
     for name, value in (("--margin", question.margin), ("--difference", question.difference)):
         if not 0 <= value <= 100:
             raise UserError(f"{name} must be a number of AP points from 0 to 100, got {value}")
-    known = metric_names(truth.content["categories"]) if truth else ()
-    if truth and question.metric not in known:
+    if known and question.metric not in known:
         raise UserError(f"--metric {question.metric} is none of {', '.join(known[:40])}")
 
 
@@ -118,9 +117,8 @@ def measure(
         UserError: a file is missing, malformed or given twice, the arms do not have the same number of files, or the
             question is none.
     """
-    check_question(question, bootstrap, truth)
-    reference, *others = detections
-    count = len(detections[reference])
+    check_question(question, bootstrap, metric_names(truth.content["categories"]))
+    count = len(next(iter(detections.values())))
     seeds = list(range(count)) if seeds is None else list(seeds)
     given = result_files(detections, seeds)
     notes = equal_files(given)
@@ -147,12 +145,51 @@ def measure(
     if any(entry["id"] == 0 for entry in truth.annotations):
         notes.append("An annotation has the id 0: pycocotools counts a match to it as none, here it is one.")
     samples = _bootstrap(matches, len(truth.images), bootstrap)
-    report = {"schema": SCHEMA, "reference": reference, "seeds": seeds, "tasks": list(found)}
-    report |= {"images": len(truth.images), "confidence": CONFIDENCE, "bootstrap_samples": bootstrap}
+    result.report = compared(
+        found,
+        samples,
+        seeds=seeds,
+        images=len(truth.images),
+        bootstrap=bootstrap,
+        question=question,
+        level=level,
+        gates=gates,
+        notes=notes,
+    )
+    names = [name.removeprefix("AP-") for name in metric_names(truth.content["categories"])[len(METRICS) :]]
+    result.report["origins"] = origins(
+        {task: {name: errors[task][name] for name in detections} for task in tasks}, names, paired=question.paired
+    )
+    return result
+
+
+def compared(
+    found: Mapping[str, Mapping[str, Sequence[dict[str, float]]]],
+    samples: Mapping[str, Mapping[str, np.ndarray]],
+    *,
+    seeds: Sequence[int],
+    images: int,
+    bootstrap: int,
+    question: Question,
+    level: float = ALPHA,
+    gates: Mapping[str, Mapping[int, dict]] | None = None,
+    notes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The report on metrics of whatever kind.
+
+    Args:
+        found: by task and arm, the metrics of each seed, in points; the first task's first arm is the reference.
+        samples: by task and arm, the same for each sample of the images (seeds, samples, metrics); empty for none.
+        images: of the validation set.
+        bootstrap: number of samples.
+        notes: sentences on what was given.
+    """
+    tasks = list(found)
+    reference, *others = names = list(found[tasks[0]])
+    report = {"schema": SCHEMA, "reference": reference, "seeds": seeds, "tasks": tasks}
+    report |= {"images": images, "confidence": CONFIDENCE, "bootstrap_samples": bootstrap}
     report["question"] = asdict(question) | {"task": tasks[0]}
-    report["arms"] = {
-        name: {"seeds": seeds} | {task: _summary(found[task][name]) for task in found} for name in detections
-    }
+    report["arms"] = {name: {"seeds": seeds} | {task: _summary(found[task][name]) for task in tasks} for name in names}
     report["differences"] = {name: {} for name in others}
     report["gates"] = {name: {str(seed): stages for seed, stages in of.items()} for name, of in (gates or {}).items()}
     report["verdicts"] = []
@@ -161,22 +198,17 @@ def measure(
         for name in others:
             pair = [found[task][of] for of in (reference, name)]
             drawn = [samples[task][of] if samples else None for of in (reference, name)]
-            report["differences"][name][task], of_arm = _differences(*pair, *drawn, len(truth.images), question.paired)
+            report["differences"][name][task], of_arm = _differences(*pair, *drawn, images, question.paired)
             evidence[name] = of_arm[question.metric]
         primary = task == tasks[0]
         report["verdicts"] += judge(
             evidence, reference, task, question.metric, question, primary=primary, bootstrap=bootstrap, level=level
         )
-    names = [name.removeprefix("AP-") for name in metric_names(truth.content["categories"])[len(METRICS) :]]
-    report["origins"] = origins(
-        {task: {name: errors[task][name] for name in detections} for task in tasks}, names, paired=question.paired
-    )
-    report["notes"] = notes
+    report["notes"] = list(notes)
     sentences = [verdict["sentence"] for verdict in report["verdicts"]]
-    sentences += [gates_sentence(report, name) for name in detections]
+    sentences += [gates_sentence(report, name) for name in names]
     report["verdict"] = "\n".join(sentence for sentence in (*sentences, *notes) if sentence)
-    result.report = report
-    return result
+    return report
 
 
 def _collect(result: Measurement, task: str, name: str, evaluation: hotcoco.COCOeval, images: bool) -> None:

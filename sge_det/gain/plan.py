@@ -4,12 +4,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..files import make_folder, write_json
 from .looks import Look, Looks
-from .matrix import Matrix
 from .verdict import Question
+
+if TYPE_CHECKING:
+    from .matrix import Matrix
+    from .pretraining import PretrainingMatrix
 
 PLAN_FILE = "plan.json"
 
@@ -27,7 +31,9 @@ class Departure:
     exploratory: bool = True
 
 
-def declare(matrix: Matrix, question: Question, looks: Looks | None = None, against: str | None = None) -> dict:
+def declare(
+    matrix: "Matrix | PretrainingMatrix", question: Question, looks: Looks | None = None, against: str | None = None
+) -> dict:
     """The plan of a comparison: that of its first call, which writes it before any run.
 
     Args:

@@ -38,11 +38,24 @@ def _marker(report: dict, name: str) -> str:
     return _MARKERS[list(report["arms"]).index(name) % len(_MARKERS)]
 
 
+def main_metric(report: dict) -> str:
+    """What the runs' dots and curves are of."""
+    metrics = report["arms"][report["reference"]][report["tasks"][0]]
+    return "AP" if "AP" in metrics else next(iter(metrics))
+
+
+def summary_metrics(report: dict, task: str) -> list[str]:
+    """The metrics of all categories together."""
+    metrics = list(report["arms"][report["reference"]][task])
+    return [metric for metric in metrics if metric in METRICS] or metrics
+
+
 @_STYLE
 def forest(report: dict) -> Figure:
     """Differences from the reference with their intervals, for each metric and arm."""
     primary = report["question"]["metric"]
-    rows = list(METRICS) if primary in METRICS else [primary, *METRICS]
+    rows = summary_metrics(report, report["tasks"][0])
+    rows = rows if primary in rows else [primary, *rows]
     arms = list(report["differences"])
     step = 0.8 / len(arms)
     figure, axes = _figure(1.6 + len(rows) * max(0.42, 0.24 * len(arms)), len(report["tasks"]), sharey=True)
@@ -113,11 +126,11 @@ def interval(report: dict, difference: dict) -> tuple[float, float]:
 
 @_STYLE
 def ap_by_arm(report: dict) -> Figure:
-    """AP of each arm, a dot for each seed; thin lines join the runs of a seed."""
-    names = list(report["arms"])
+    """AP or top-1 of each arm, a dot for each seed; thin lines join the runs of a seed."""
+    names, metric = list(report["arms"]), main_metric(report)
     figure, axes = _figure(4.6, len(report["tasks"]))
     for ax, task in zip(axes, report["tasks"]):
-        values = np.array([report["arms"][name][task]["AP"]["values"] for name in names])
+        values = np.array([report["arms"][name][task][metric]["values"] for name in names])
         ax.plot(values, color="#bbbbbb", lw=1, zorder=1)
         for place, name in enumerate(names):
             color, marker = arm_color(report, name), _marker(report, name)
@@ -128,7 +141,7 @@ def ap_by_arm(report: dict) -> Figure:
             ax.annotate(f"{mean:.1f}", (place + 0.25, mean), va="center", color=color, bbox=behind)
         ax.set_xticks(range(len(names)), names)
         ax.set_xlim(-0.5, len(names) - 0.25)
-        ax.set_ylabel(f"{TASK_NAMES[task]} AP (points)")
+        ax.set_ylabel(f"{TASK_NAMES[task]} {metric} (points)")
         ax.margins(y=0.15)
         ax.grid(axis="y", alpha=0.3)
     return figure
@@ -202,9 +215,12 @@ def error_differences(report: dict) -> Figure:
 
 @_STYLE
 def learning_curves(report: dict, curves: Curves) -> Figure:
-    """Training loss and validation AP over the iterations, a line for each run."""
-    keys = ["total_loss", *(f"{task}/AP" for task in report["tasks"])]
-    labels = ["training loss", *(f"{TASK_NAMES[task]} AP (points)" for task in report["tasks"])]
+    """Training loss and validation AP over the iterations, or top-1 over the epochs, a line for each run."""
+    metric = main_metric(report)
+    keys = ["total_loss", *(f"{task}/{metric}" for task in report["tasks"])]
+    labels = ["training loss", *(f"{TASK_NAMES[task]} {metric} (points)" for task in report["tasks"])]
+    if metric != "AP":
+        keys, labels = keys[1:], labels[1:]
     figure, axes = _figure(4.4, len(keys))
     for ax, key, label in zip(axes, keys, labels):
         for name, by_seed in curves.items():
@@ -214,7 +230,7 @@ def learning_curves(report: dict, curves: Curves) -> Figure:
                 if key != "total_loss":
                     style |= {"marker": _marker(report, name), "ms": 6, "mec": "white", "mew": 0.6}
                 ax.plot(points[:, 0], points[:, 1], label=name if number == 0 else None, **style)
-        ax.set_xlabel("iteration")
+        ax.set_xlabel("iteration" if metric == "AP" else "epoch")
         ax.set_ylabel(label)
         ax.grid(alpha=0.3)
         ax.set_ylim(bottom=0)

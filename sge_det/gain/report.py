@@ -160,7 +160,8 @@ def write_figures(output: Path, measurement: Measurement) -> None:
     """
     report = measurement.report
     figures = {"differences": plots.forest(report), "arms": plots.ap_by_arm(report)}
-    figures["categories"] = plots.category_differences(report)
+    if plots.main_metric(report) == "AP":
+        figures["categories"] = plots.category_differences(report)
     if report.get("origins"):
         figures["errors"] = plots.error_differences(report)
     if measurement.learning:
@@ -401,10 +402,12 @@ def _explanation(report: dict) -> str:
     pairing = "paired by seed" if report["question"]["paired"] else "not paired (Welch)"
     runs = f"{len(report['seeds'])} seeds" if len(report["seeds"]) > 1 else "one seed"
     spread = "; mean ± standard deviation over the seeds" if len(report["seeds"]) > 1 else ""
+    of_boxes = plots.main_metric(report) == "AP"
+    what = "Metrics are COCO's" if of_boxes else "Metrics are the shares of images that are classified right"
+    absent = f' "{ABSENT}": the validation set has no such objects.' if of_boxes else ""
     return (
-        f"{len(report['arms'])} arms, {runs}, {report['images']} validation images. Metrics are COCO's, in points "
-        f"(0-100){spread}; differences are {pairing}; {plots.interval_name(report)}. "
-        f'"{ABSENT}": the validation set has no such objects.'
+        f"{len(report['arms'])} arms, {runs}, {report['images']} validation images. {what}, in points "
+        f"(0-100){spread}; differences are {pairing}; {plots.interval_name(report)}.{absent}"
     )
 
 
@@ -423,22 +426,18 @@ def html_page(measurement: Measurement, extras: Extras) -> str:
     parts.append(_figure(plots.forest(report), "Differences with their intervals", caption))
     for task in report["tasks"]:
         parts += [f"<h2>{_metrics_heading(report, task)}</h2>"]
-        parts.append(metric_table(report, task, list(METRICS)).html())
+        parts.append(metric_table(report, task, plots.summary_metrics(report, task)).html())
     parts.append("<h2>Arms and seeds</h2>")
-    caption = "AP of each run; bars are means, thin lines join the runs of a seed."
-    parts.append(_figure(plots.ap_by_arm(report), "AP per arm, every seed as a dot", caption))
-    parts.append("<h2>Categories</h2>")
-    caption = f"AP difference from {report['reference']} by category.{many}"
-    parts.append(_figure(plots.category_differences(report), "Differences by category", caption))
-    for task in report["tasks"]:
-        by_category = [metric for metric in report["arms"][report["reference"]][task] if metric not in METRICS]
-        is_open = " open" if len(by_category) <= _FEW_CATEGORIES else ""
-        parts.append(f"<details{is_open}><summary>{TASK_NAMES[task].capitalize()} AP by category</summary>")
-        parts.append(metric_table(report, task, by_category).html() + "</details>")
+    metric = plots.main_metric(report)
+    caption = f"{metric} of each run; bars are means, thin lines join the runs of a seed."
+    parts.append(_figure(plots.ap_by_arm(report), f"{metric} per arm, every seed as a dot", caption))
+    if metric == "AP":
+        parts += _categories(report, many)
     if extras.curves:
         parts.append("<h2>Learning curves</h2>")
-        caption = "A line for each run; AP on the validation images. The loss is the median since the last point."
-        parts.append(_figure(plots.learning_curves(report, extras.curves), "Loss and AP over the iterations", caption))
+        caption = f"A line for each run; {metric} on the validation images."
+        caption += " The loss is the median since the last point." if metric == "AP" else ""
+        parts.append(_figure(plots.learning_curves(report, extras.curves), f"{metric} while they learn", caption))
     if measurement.curves:
         parts.append("<h2>Precision and recall</h2>")
         caption = f"Mean over the categories{' and seeds; thin lines are the seeds' if many else ''}."
@@ -481,6 +480,17 @@ def _origins(report: dict) -> list[str]:
         confusions = confusion_table(report, task)
         if confusions.rows:
             parts += [f'<p class="note">{html.escape(_CONFUSIONS)}</p>', confusions.html()]
+    return parts
+
+
+def _categories(report: dict, many: str) -> list[str]:
+    caption = f"AP difference from {report['reference']} by category.{many}"
+    parts = ["<h2>Categories</h2>", _figure(plots.category_differences(report), "Differences by category", caption)]
+    for task in report["tasks"]:
+        by_category = [metric for metric in report["arms"][report["reference"]][task] if metric not in METRICS]
+        is_open = " open" if len(by_category) <= _FEW_CATEGORIES else ""
+        parts.append(f"<details{is_open}><summary>{TASK_NAMES[task].capitalize()} AP by category</summary>")
+        parts.append(metric_table(report, task, by_category).html() + "</details>")
     return parts
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from .inference import ALPHA, MARGIN, POWER, Interval, Outcome, measured_design, outcomes, power, seeds_needed
 
-TASK_NAMES = {"bbox": "box", "segm": "mask"}
+TASK_NAMES = {"bbox": "box", "segm": "mask", "classification": "classification"}
 # Gates whose standard deviation over the positions of a map is less than this multiply all positions alike.
 CONSTANT_GATES = 0.01
 # A difference that is spoken of where power is told, in AP points.

@@ -1,9 +1,12 @@
 """Pretraining on a handful of made-up images: exact after interruptions, and into the detectors."""
 
 import json
+import shutil
 import signal
+import subprocess
+import sys
 import tarfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -16,8 +19,9 @@ from timm.data import create_dataset
 from sge_det import UserError
 from sge_det.checkpoint import convert_file
 from sge_det.engine import pretraining
-from sge_det.engine.pretraining import EpochSampler, Pretraining, SeededImages, build_model, pretrain
+from sge_det.engine.pretraining import EpochSampler, Images, Pretraining, SeededImages, build_model, pretrain
 from sge_det.errors import Stopped
+from sge_det.gain.classified import read_classified
 
 SLIM = {"channels": (16, 32, 64, 128)}
 
@@ -109,20 +113,38 @@ def test_the_result_is_what_the_final_weights_give(run):
     assert dict(zip(predictions["images"], predictions["top1"], strict=True)) == hits
     assert result["top1"] == pytest.approx(100 * sum(hits.values()) / 15)
     assert result["top5"] == 100
+    compared = read_classified(run.folder)
+    assert (100 * compared.hits.mean(0)).tolist() == pytest.approx([result["top1"], result["top5"]])
+    assert (compared.images, compared.result["seed"]) == (predictions["images"], 0)
     assert result["ema"]["top5"] == 100
 
 
 def test_final_weights_go_into_a_detector(images, tmp_path):
     run = Pretraining(
-        str(images / "train"), str(images / "val"), str(tmp_path / "out"), model="sge_resnet50", img_size=32, epochs=1,
-        model_kwargs={"base_width": 16}, batch_size=4, lr=0.01, workers=0, device="cpu", scale=0.9,
-    )  # fmt: skip
+        str(images / "train"),
+        str(images / "val"),
+        str(tmp_path / "out"),
+        model="sge_resnet50",
+        model_kwargs=SLIM,
+        stem_channels=32,
+        groups=16,
+        img_size=32,
+        epochs=1,
+        batch_size=4,
+        lr=0.01,
+        workers=0,
+        device="cpu",
+        scale=0.9,
+    )
     pretrain(run)
     conversion = convert_file(str(run.folder / "model_final.pth"), str(tmp_path / "converted.pth"))
     assert conversion.source.kind == "timm-sge"
     model = build_model(run, 3).eval()
     model.load_state_dict(final(run.folder)["state_dict"])
-    backbone = load(build_backbone(backbone_config(50, True)), tmp_path / "converted.pth")
+    cfg = backbone_config(50, True)
+    cfg.merge_from_list(["MODEL.RESNETS.STEM_OUT_CHANNELS", 32, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64])
+    cfg.MODEL.SGE.GROUPS = 16
+    backbone = load(build_backbone(cfg), tmp_path / "converted.pth")
     assert_equal_features(lambda x: features(model, x), backbone)
 
 
@@ -158,8 +180,8 @@ def test_every_image_is_seen_once_an_epoch_in_an_order_of_its_own():
 
 def test_augmentations_depend_on_seed_epoch_and_image(run):
     data = pretraining._Session(run).train_set
-    again = SeededImages(data.dataset, run.seed)
-    other = SeededImages(data.dataset, run.seed + 1)
+    again = SeededImages(data.images, run.seed)
+    other = SeededImages(data.images, run.seed + 1)
     assert torch.equal(data[0, 5][0], again[0, 5][0])
     assert not torch.equal(data[0, 5][0], data[1, 5][0])
     assert not torch.equal(data[0, 5][0], other[0, 5][0])
@@ -202,6 +224,12 @@ def test_a_folder_with_a_run_is_not_written_over(run):
         ({"train": "nowhere"}, "--train nowhere is not there"),
         ({"amp": "float16"}, "float16 needs a GPU"),
         ({"scale": 0.0}, "--scale 0.0 must be above 0"),
+        ({"model": "vit_tiny_patch16_224", "model_kwargs": {}}, "no ResNet"),
+        ({"model": "sge_resnet26d", "stem_channels": 48}, "--stem-channels needs a stem of one convolution"),
+        ({"sched": "cosin"}, "--sched cosin is not taken by timm"),
+        ({"opt": "sdg"}, "--opt sdg is not taken by timm"),
+        ({"auto_augment": "much"}, "--auto-augment much is not taken by timm"),
+        ({"device": "gpu"}, "--device gpu is not one of cuda, cpu"),
     ],
 )
 def test_mistakes_are_told(run, change, words):
@@ -217,10 +245,75 @@ def test_classes_that_differ_and_folders_without_images(run, tmp_path):
         pretrain(replace(run, train=str(tmp_path / "empty")))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_named(run, images, tmp_path, workers):
+    """timm's own data set would take the next image for it, whose label may be another."""
+    shutil.copytree(images / "train", tmp_path / "train")
+    (tmp_path / "train/green/7.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"^--train .*: green/7\.png cannot be read as an image"):
+        pretrain(replace(run, train=str(tmp_path / "train"), workers=workers))
+
+
+def test_classes_are_in_the_order_of_their_labels(tmp_path):
+    for name in ("class10", "class2"):
+        tmp_path_with(tmp_path, name)
+    found = Images("train", str(tmp_path / "set"))
+    assert [found.classes[found[index][1]] for index in range(2)] == [
+        found.reader.filename(index).split("/")[0] for index in range(2)
+    ]
+
+
 def tmp_path_with(folder, name):
     (folder / "set" / name).mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(folder / "set" / name / "0.png")
     return folder / "set"
+
+
+# In each of two processes: a run, and another that the second process alone is asked to end, which then goes on.
+_TWO = """
+import argparse, json, signal, sys
+from dataclasses import replace
+import torch
+from detectron2.utils import comm
+from sge_det.engine import launching, pretraining
+from sge_det.errors import Stopped
+
+def main(args):
+    sessions = []
+    made = pretraining._Session.__init__
+    pretraining._Session.__init__ = lambda self, run: (sessions.append(self), made(self, run))[1]
+    run = pretraining.Pretraining(**json.loads(args.run))
+    whole = pretraining.pretrain(run)
+    other, steps = replace(run, output=run.output + "_other"), iter((None, signal.SIGTERM))
+    pretraining.asked = lambda: next(steps) if comm.get_rank() == 1 else None
+    try:
+        pretraining.pretrain(other)
+        raise AssertionError("it was asked to stop")
+    except Stopped:
+        pretraining.asked = lambda: None
+    assert comm.all_gather(sessions[-1].step) == [2, 2]
+    again = pretraining.pretrain(other, resume=True)
+    assert {**whole, "seconds": 0, "output": ""} == {**again, "seconds": 0, "output": ""}
+    for session in (sessions[0], sessions[-1]):
+        for model in (session.model, session.ema.module):
+            own = torch.cat([tensor.double().flatten() for tensor in model.state_dict().values()])
+            assert all(torch.equal(own, of_other) for of_other in comm.all_gather(own))
+
+args = argparse.Namespace(num_gpus=1, num_machines=1, machine_rank=0, dist_url=None, timeout=300.0, run=sys.argv[1])
+launching.launch(main, args)
+"""
+
+
+def test_torchrun_ends_as_it_would_have_ended(run, tmp_path):
+    run = replace(run, batch_size=12, epochs=1, mixup=0.0, model="sge_resnet18", model_kwargs={}, groups=32)
+    (tmp_path / "two.py").write_text(_TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(tmp_path / "two.py"), json.dumps(asdict(run))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    before, after = final(run.folder), final(run.folder.with_name("out_other"))
+    for weights in ("state_dict", "state_dict_ema"):
+        assert all(torch.equal(before[weights][key], after[weights][key]) for key in before[weights])
 
 
 def test_the_tool_trains_in_two_processes(run, run_tool):

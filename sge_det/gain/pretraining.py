@@ -1,0 +1,131 @@
+"""Classifiers trained arm by arm and seed by seed, in ``OUTPUT/<arm>/seed<k>/``, and what is compared of them."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NoReturn
+
+from ..engine.launching import launch
+from ..engine.pretraining import Pretraining, add_options, from_options, pretrain
+from ..errors import UserError
+from .classified import RESULT
+
+_SGE = "sge_"
+
+
+@dataclass(frozen=True)
+class PretrainingArm:
+    """An arm: its name, and options of ``tools/pretrain.py`` that are its own, without the dashes."""
+
+    name: str
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PretrainingRun:
+    """An arm with a seed."""
+
+    arm: PretrainingArm
+    seed: int
+    pretraining: Pretraining
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm.name}/seed{self.seed}"
+
+    @property
+    def finished(self) -> bool:
+        return (self.pretraining.folder / RESULT).is_file()
+
+
+class PretrainingMatrix:
+    """All runs of a comparison of classifiers: arms times seeds.
+
+    Args:
+        options: of ``tools/pretrain.py``, that the arms share.
+        output: the folder of the comparison.
+        arm_names: of "plain", "sge", and those of ``custom_arms``; the first is the reference.
+        custom_arms: (name, option, value, ...), the options without dashes.
+        seeds: a run of each arm for each.
+
+    Raises:
+        UserError: an option, an arm or a seed that cannot be.
+    """
+
+    def __init__(
+        self,
+        options: Sequence[str],
+        output: str | Path,
+        *,
+        arm_names: Sequence[str] = ("plain", "sge"),
+        custom_arms: Sequence[Sequence[str]] = (),
+        seeds: Sequence[int] = (0,),
+    ):
+        self.output = Path(output)
+        self.seeds = list(seeds)
+        if len(set(self.seeds)) < len(self.seeds):
+            raise UserError(f"--seeds {' '.join(map(str, self.seeds))} must be different numbers")
+        shared = _parsed(options)
+        if taken := [word for word in options if word.split("=")[0] in ("--output", "--seed")]:
+            raise UserError(f"{taken[0]} is set for each run: leave it out after --pretrain")
+        model = shared.model.removeprefix(_SGE)
+        known = {
+            "plain": PretrainingArm("plain", ("model", model)),
+            "sge": PretrainingArm("sge", ("model", _SGE + model)),
+        }
+        for name, *own in custom_arms:
+            if len(own) % 2 or name in known:
+                raise UserError(f"--arm {' '.join((name, *own))}: give a name of its own and pairs of OPTION VALUE")
+            known[name] = PretrainingArm(name, tuple(own))
+        names = [*arm_names, *(name for name, *_ in custom_arms if name not in arm_names)]
+        if unknown := [name for name in names if name not in known]:
+            raise UserError(f"--arms: there is no arm {', '.join(unknown)} of classifiers among {', '.join(known)}")
+        if len(set(names)) < len(names) or len(names) < 2:
+            raise UserError(f"--arms {' '.join(names)}: name at least two arms, each once")
+        self.arms = [known[name] for name in names]
+        self.runs = [PretrainingRun(arm, seed, self._run(options, arm, seed)) for seed in seeds for arm in self.arms]
+
+    def _run(self, options: Sequence[str], arm: PretrainingArm, seed: int) -> Pretraining:
+        own = [word for key, value in zip(arm.options[::2], arm.options[1::2]) for word in (f"--{key}", value)]
+        run = _parsed([*options, *own])
+        return replace(run, seed=seed, output=str(self.output / arm.name / f"seed{seed}"))
+
+    def execute(self, launch_options: argparse.Namespace) -> None:
+        """Trains what is not finished, one after the other; runs that were interrupted go on.
+
+        Args:
+            launch_options: as of ``tools/pretrain.py``: ``num_gpus``, ``num_machines``, ...
+
+        Raises:
+            UserError: something that the user can put right.
+            Stopped: a signal asked for the end; a checkpoint is there.
+        """
+        world = launch_options.num_gpus * launch_options.num_machines
+        for run in self.runs:
+            run.pretraining.check(world)
+        for run in self.runs:
+            launch_options.pretraining = run.pretraining
+            if world == 1:
+                _train(launch_options)
+            else:
+                launch(_train, launch_options)
+
+    def folders(self, names: Sequence[str]) -> dict[str, list[Path]]:
+        """The folders of the runs by arm, in the order of the seeds."""
+        return {name: [run.pretraining.folder for run in self.runs if run.arm.name == name] for name in names}
+
+
+def _train(args: argparse.Namespace) -> None:
+    pretrain(args.pretraining, resume=True)
+
+
+def _parsed(options: Sequence[str]) -> Pretraining:
+    parser = _Options(add_help=False, allow_abbrev=False)
+    add_options(parser)
+    return from_options(parser.parse_args([*options, "--output", "-"]))
+
+
+class _Options(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"--pretrain takes the options of tools/pretrain.py: {message}")
