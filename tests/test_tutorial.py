@@ -41,8 +41,10 @@ def test_every_cell_runs(shown, tmp_path, monkeypatch, capsys):
     tables = [text for kind, text, *_ in shown if kind == "markdown"]
     assert "both" in tables[0]
     assert "AP50" in tables[1]
-    pictures = [source or data for kind, source, *data in shown if kind == "image"]
+    pictured = [display for display in shown if display[0] == "image"]
+    pictures = [data or (tmp_path / source).read_bytes() for kind, source, data in pictured]
     assert len(pictures) == 4
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures)
     assert (tmp_path / "output/tutorial/report.html").stat().st_size > 10_000
 
 
