@@ -93,6 +93,9 @@ else
     fi
 fi
 
+# --no-deps: why is in the file
+pip install --no-deps --require-hashes --no-build-isolation -r "$HERE/evaluators.txt"
+
 if [ $found = none ]; then
     echo "install: no Detectron2 found, installing its re-upload (see $HERE/detectron2.txt)"
     STAGE=$SITE/.detectron2-new # the same disk, so that the moves below are renames
