@@ -124,7 +124,7 @@ def locked(name):
     return packages
 
 
-@pytest.mark.parametrize("name", ["lock.txt", "build.txt", "detectron2.txt"])
+@pytest.mark.parametrize("name", ["lock.txt", "build.txt", "detectron2.txt", "evaluators.txt"])
 def test_every_locked_package_has_hashes(name):
     packages = locked(name)
     assert packages
