@@ -15,10 +15,10 @@ import quiet  # noqa: F401
 import torch
 
 from sge_det.analysis import benchmark, kernels
-from sge_det.analysis.history import append_history
+from sge_det.analysis.history import append_history, history_figure
 from sge_det.config import load_config
 from sge_det.errors import UserError, user_errors
-from sge_det.files import write_json
+from sge_det.files import write_file, write_json
 
 HISTORY = Path(__file__).resolve().parent.parent / "docs" / "performance.csv"
 GPU_CONFIG = "COCO-Detection/faster_rcnn_SGE_R_50_FPN_1x.yaml"
@@ -57,6 +57,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"more contestants: {', '.join(benchmark.OTHERS)}",
     )
+    picture = commands.add_parser("picture", help="the history's latest ratios of the layer as a picture")
+    picture.add_argument("--history", type=Path, default=HISTORY, metavar="FILE", help="default: docs/performance.csv")
+    picture.add_argument("--output", type=Path, required=True, metavar="PNG", help="where the picture goes")
     gpu = commands.add_parser("gpu", parents=[common], help="all kernels, checked and timed, layer and detector")
     gpu.add_argument("--device", help="default: cuda, or cpu where there is none")
     gpu.add_argument("--config-file", default=GPU_CONFIG, metavar="FILE", help="the detector (default %(default)s)")
@@ -74,6 +77,9 @@ def shape(text: str) -> tuple[int, ...]:
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
+    if args.command == "picture":
+        write_file(args.output, history_figure(args.history))
+        return
     for name in ("threads", "rounds", "images"):
         value = getattr(args, name, None)
         if value is not None and value < (2 if name == "rounds" else 1):

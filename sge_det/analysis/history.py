@@ -8,11 +8,24 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from ..errors import UserError
 from ..files import write_file
 from .benchmark import COPY, FLOOR_TENSORS, TEXTBOOK
 
 COLUMNS = ("date", "commit", "device", "threads", "shape", "mode", "contestant", "ratio")
+# In the order of the picture, ours last.
+_COLORS = {
+    "floor": "#bbbbbb",
+    "no attention": "#888888",
+    "timm eca": "#8fb8de",
+    "timm se": "#4a86c5",
+    "timm cbam": "#1f4e8c",
+    "layer": "#f2b48a",
+    "block tail": "#d9541e",
+    "KERNEL compile": "#8c2d04",
+}
 _ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -97,3 +110,34 @@ def _device(result: dict) -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or "cpu"
+
+
+def history_figure(path: Path) -> bytes:
+    """The layer's latest ratios of a history as a picture: time of the block tail, its rivals and the floor, in PNG.
+
+    Raises:
+        UserError: the file is no history, or holds no ratios of the layer.
+    """
+    rows = [row for row in csv.DictReader(io.StringIO(_read(path))) if row["mode"] in FLOOR_TENSORS]
+    if not rows:
+        raise UserError(f"{path} holds no ratios of the layer: benchmark.py layer --history {path} appends some")
+    latest = {(row["mode"], row["shape"], row["contestant"]): float(row["ratio"]) for row in rows}
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))[:4]
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    for ax, mode in zip(figure.subplots(2), FLOOR_TENSORS, strict=True):
+        names = [name for name in _COLORS if any((mode, shape, name) in latest for shape in shapes)]
+        width = 0.8 / len(names)
+        for index, name in enumerate(names):
+            heights = [latest.get((mode, shape, name), 0.0) for shape in shapes]
+            places = [place + (index - (len(names) - 1) / 2) * width for place in range(len(shapes))]
+            ax.bar(places, heights, width * 0.92, color=_COLORS[name], label=name)
+        ax.axhline(1, color="black", linewidth=0.8, linestyle=":")
+        ax.set_xticks(range(len(shapes)), shapes)
+        ax.set_ylabel("time, textbook = 1")
+        ax.set_title(mode, loc="left", fontsize=10)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(ncols=len(names), fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.1))
+    figure.supxlabel("N x C x H x W at the ends of R-50's stages", fontsize=9)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    return image.getvalue()

@@ -79,6 +79,9 @@ def test_layer_tool(run_tool, tmp_path):
     assert tuple(rows[0]) == history.COLUMNS and len(rows) == 2 * 2 * 10
     assert history.append_history(tmp_path / "history.csv", result) == len(rows)
     assert len((tmp_path / "history.csv").read_text().splitlines()) == 1 + 2 * len(rows)
+    assert history.history_figure(tmp_path / "history.csv").startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="holds no ratios of the layer"):
+        history.history_figure(tmp_path / "none.csv")
     (tmp_path / "other.csv").write_text("a,b\n")
     with pytest.raises(UserError, match=r"other\.csv is no history of benchmarks"):
         history.append_history(tmp_path / "other.csv", result)
