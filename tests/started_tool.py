@@ -1,17 +1,10 @@
 """Tools that run beside the tests, to be signalled."""
 
-import importlib
-import logging
 import os
 import signal
 import subprocess
-import sys
 import time
-import traceback
 from pathlib import Path
-
-from conftest import ROOT
-from detectron2.utils.logger import setup_logger
 
 MICRO = [
     *("MODEL.RESNETS.DEPTH", "18", "MODEL.FPN.OUT_CHANNELS", "16", "MODEL.ROI_BOX_HEAD.FC_DIM", "16"),
@@ -58,57 +51,3 @@ class Started:
         code = self.process.wait(timeout=120)
         assert "Traceback" not in self.output.read_text()
         return code, self.output.read_text().strip().splitlines()[-1]
-
-
-class Forked(Started):
-    """A tool of one process, forked from this one, which spares the seconds of its imports; ``name`` without ".py"."""
-
-    def __init__(self, name, arguments, output):
-        self.output = output
-        output.touch()
-        self.process = _Child(os.fork())
-        if not self.process.pid:
-            try:
-                _become(output)
-                sys.path.insert(0, str(ROOT / "tools"))
-                importlib.import_module(name).main(list(map(str, arguments)))
-                os._exit(0)
-            except SystemExit as end:
-                sys.stderr.flush()
-                os._exit(end.code or 0)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(1)
-
-
-def _become(output):
-    os.setsid()
-    file = os.open(output, os.O_WRONLY | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))
-    # what other tests have left here writes to pytest's files
-    setup_logger.cache_clear()
-    for name in (None, "detectron2", "fvcore", "sge_det"):
-        logging.getLogger(name).handlers.clear()
-
-
-class _Child:
-    """As much of ``subprocess.Popen`` as is needed."""
-
-    def __init__(self, pid):
-        self.pid, self.returncode = pid, None
-
-    def poll(self):
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
-
-    def wait(self, timeout=120):
-        deadline = time.monotonic() + timeout
-        while self.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        return self.returncode

@@ -239,7 +239,9 @@ class Matrix:
             time.sleep(_POLL_SECONDS)
         raise Stopped(asked())
 
-    def _claim(self, pending: list[Run], slot: int, jobs: int, failed: dict[str, str] | None) -> "RunProcess | None":
+    def _claim(
+        self, pending: list[Run], slot: int, jobs: int, failed: dict[str, str] | None = None
+    ) -> "RunProcess | None":
         """Starts the first pending run that no other worker has; takes those that are finished off the list.
 
         Args:

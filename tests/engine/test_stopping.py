@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, TINY
-from started_tool import MICRO, Forked, Started
+from started_tool import MICRO, Started
 
 from sge_det.engine.launching import _find_free_port
 
@@ -23,11 +23,8 @@ def start(tmp_path, sample_datasets):
         arguments = ["--config-file", "sample/faster_rcnn_SGE_R_50_FPN.yaml", *data, *options]
         arguments += [*TINY, *MICRO, "SOLVER.MAX_ITER", str(iterations), "OUTPUT_DIR", str(tmp_path / folder), *last]
         output = tmp_path / f"{folder}{len(started)}.txt"
-        if before or options:  # processes that are spawned look for the script again
-            command = [sys.executable, "-W", "ignore", *before, str(ROOT / "tools/train_net.py"), *arguments]
-            started.append(Started(command, output))
-        else:
-            started.append(Forked("train_net", arguments, output))
+        command = [sys.executable, "-W", "ignore", *before, str(ROOT / "tools/train_net.py"), *arguments]
+        started.append(Started(command, output))
         return started[-1]
 
     yield call

@@ -50,8 +50,9 @@ def folders(tmp_path_factory, sample_datasets):
     folder = tmp_path_factory.mktemp("two")
     launch(run, arguments(folder / "own", sample_datasets, "--num-gpus", "2"))
     args, port = arguments(folder / "torchrun", sample_datasets), _find_free_port()
-    fork = multiprocessing.get_context("fork")
-    pair = [fork.Process(target=as_torchrun, args=(rank, port, args)) for rank in range(2)]
+    # not forked from here, where other tests have started threads
+    spawn = multiprocessing.get_context("spawn")
+    pair = [spawn.Process(target=as_torchrun, args=(rank, port, args)) for rank in range(2)]
     for process in pair:
         process.start()
     for process in pair:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from sge_det.engine.stopping import signals_handled
 from sge_det.errors import UserError
 from sge_det.gain import Cluster, RunFailed, cluster
 
@@ -67,7 +68,12 @@ def start(tmp_path, monkeypatch):
         device = SimpleNamespace(MODEL=SimpleNamespace(DEVICE="cpu"))
         matrix = SimpleNamespace(output=tmp_path, runs=runs, overrides=["A.B", "1"], config=device)
         jobs = Cluster("local", (sys.executable, "-c", COMMAND, str(tmp_path)), ("A.B", "1"))
-        return runs, lambda: jobs.execute(matrix, **how)
+
+        def execute():
+            with signals_handled():  # as in the tool: jobs are cancelled by SIGINT, which a shell may have turned off
+                return jobs.execute(matrix, **how)
+
+        return runs, execute
 
     return begin
 
