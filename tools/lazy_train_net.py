@@ -9,9 +9,8 @@ lazy_train_net.py --config-file F model.backbone.bottom_up.stages.groups=32
 import argparse
 
 import quiet  # noqa: F401
+from omegaconf import DictConfig
 
-from sge_det.config import find_config
-from sge_det.engine.launching import check_launch, find_place, launch
 from sge_det.engine.lazy import (
     claimed_lazily,
     evaluate_lazily,
@@ -20,13 +19,17 @@ from sge_det.engine.lazy import (
     start_lazy_run,
     train_lazily,
 )
-from sge_det.engine.training import argument_parser
-from sge_det.errors import UserError, user_errors
+from sge_det.engine.training import run_tool
+
+
+def set_up(args: argparse.Namespace) -> DictConfig:
+    with lazy_words():
+        return setup_lazy_config(args.config_file, args.opts, args.dataset, eval_only=args.eval_only)
 
 
 def run(args: argparse.Namespace) -> dict:
+    cfg = set_up(args)
     with lazy_words():
-        cfg = setup_lazy_config(args.config_file, args.opts, args.dataset, eval_only=args.eval_only)
         if args.eval_only:
             start_lazy_run(cfg, args)
             return evaluate_lazily(cfg, resume=args.resume)
@@ -36,24 +39,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = argument_parser(epilog=__doc__).parse_args(argv)
-    go_on = "give the same command with --resume to go on"
-    if args.eval_only:
-        go_on = "run the same command again"
-    elif args.overwrite:
-        go_on = "give the same command with --resume in place of --overwrite to go on"
-    user_errors(go_on=go_on)(start)(args)
-
-
-def start(args: argparse.Namespace) -> None:
-    if args.eval_only and args.overwrite:
-        raise UserError("--overwrite is for training: --eval-only removes nothing")
-    check_launch(args, find_place())
-    args.config_file = find_config(args.config_file) if args.config_file else ""
-    with lazy_words():
-        # A mistake is told here, once, before any process is started.
-        setup_lazy_config(args.config_file, args.opts, args.dataset, eval_only=args.eval_only)
-    launch(run, args)
+    run_tool(argv, __doc__, set_up, run)
 
 
 if __name__ == "__main__":

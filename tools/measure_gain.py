@@ -48,7 +48,7 @@ from sge_det.gain.cluster import KINDS
 from sge_det.gain.inference import MARGIN
 from sge_det.gain.looks import FIRST_SEEDS, MOST_SEEDS
 from sge_det.gain.plan import declare, declared
-from sge_det.gain.power import from_pilot, in_words, published, tables
+from sge_det.gain.power import check_wanted, from_pilot, in_words, published, tables
 from sge_det.gain.power import given as given_spread
 from sge_det.gain.report import metric_table
 from sge_det.gain.verdict import DIFFERENCE, TASK_NAMES
@@ -337,8 +337,10 @@ def run_one(matrix: Matrix, arm: str, seed: str) -> None:
 
 def plan(args: argparse.Namespace, overrides: list[str]) -> None:
     idle = {"--config-file": args.config_file, "--compare": args.compare, "--run": args.run, "KEY VALUE": overrides}
+    idle |= {"--until": args.until, "--decide": args.decide is not None, "--report-only": args.report_only}
     if given := [option for option, value in idle.items() if value]:
         raise UserError(f"--plan trains nothing: leave out {', '.join(given)}")
+    check_wanted(args.difference, args.max_seeds, args.hours)
     if args.pilot and args.sd:
         raise UserError("--pilot shows the spread and --sd gives it: leave out one of them")
     if args.pilot:

@@ -9,16 +9,18 @@ train_net.py --config-file F MODEL.SGE.ENABLED False    # the plain twin
 import argparse
 
 import quiet  # noqa: F401
+from detectron2.config import CfgNode
 
-from sge_det.config import find_config
 from sge_det.engine.claims import claimed
-from sge_det.engine.launching import check_launch, find_place, launch
-from sge_det.engine.training import argument_parser, evaluate, setup_config, start_run, train
-from sge_det.errors import UserError, user_errors
+from sge_det.engine.training import evaluate, run_tool, setup_config, start_run, train
+
+
+def set_up(args: argparse.Namespace) -> CfgNode:
+    return setup_config(args.config_file, args.opts, args.dataset, eval_only=args.eval_only)
 
 
 def run(args: argparse.Namespace) -> dict:
-    cfg = setup_config(args.config_file, args.opts, args.dataset, eval_only=args.eval_only)
+    cfg = set_up(args)
     if args.eval_only:
         start_run(cfg, args)
         return evaluate(cfg, resume=args.resume)
@@ -28,23 +30,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = argument_parser(epilog=__doc__).parse_args(argv)
-    go_on = "give the same command with --resume to go on"
-    if args.eval_only:
-        go_on = "run the same command again"
-    elif args.overwrite:
-        go_on = "give the same command with --resume in place of --overwrite to go on"
-    user_errors(go_on=go_on)(start)(args)
-
-
-def start(args: argparse.Namespace) -> None:
-    if args.eval_only and args.overwrite:
-        raise UserError("--overwrite is for training: --eval-only removes nothing")
-    check_launch(args, find_place())
-    args.config_file = find_config(args.config_file) if args.config_file else ""
-    # A mistake is told here, once, before any process is started.
-    setup_config(args.config_file, args.opts, args.dataset, eval_only=args.eval_only)
-    launch(run, args)
+    run_tool(argv, __doc__, set_up, run)
 
 
 if __name__ == "__main__":

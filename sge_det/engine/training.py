@@ -7,8 +7,9 @@ import re
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -25,10 +26,10 @@ from detectron2.utils.events import EventStorage, EventWriter, JSONWriter
 
 from ..checkpoint.checkpointer import Checkpointer, last_checkpoint
 from ..checkpoint.sources import Recipe
-from ..config import ema_decay, load_config, sge_options, skip_nonfinite
+from ..config import ema_decay, find_config, load_config, sge_options, skip_nonfinite
 from ..data.datasets import register_sample, use_datasets
 from ..data.loader import EvaluationLoader, ReplayableLoader, build_test_loader, build_train_loader
-from ..errors import Stopped, UserError
+from ..errors import Stopped, UserError, user_errors
 from ..evaluation.coco import build_evaluator, check_packages
 from ..files import drop_torn_line, write_file
 from ..modeling.blocks import hold_gates_constant, start_sge
@@ -39,7 +40,7 @@ from . import doctor
 from .averaging import AverageHook
 from .evaluations import EvaluationsHook, Settled, is_settled, watches_evaluations
 from .faults import in_words
-from .launching import TIMEOUT_SECONDS
+from .launching import TIMEOUT_SECONDS, check_launch, find_place, launch
 from .logs import start_logs
 from .loss_guard import LossGuard
 from .periodic import LoggedEvaluation
@@ -60,6 +61,39 @@ class _Parser(argparse.ArgumentParser):
                 parsed.opts.remove(option)
                 setattr(parsed, option.strip("-"), True)
         return parsed
+
+
+def run_tool(
+    argv: list[str] | None,
+    epilog: str | None,
+    check: Callable[[argparse.Namespace], Any],
+    run: Callable[[argparse.Namespace], Any],
+) -> None:
+    """What a tool that trains does, from its arguments to its exit code.
+
+    Args:
+        argv: its arguments; those of the process by default.
+        epilog: what its help ends with.
+        check: is called with the arguments once, so that a mistake is told before any process is started.
+        run: is called with them in each of the run's processes; a function of a module, which other processes find.
+    """
+    args = argument_parser(epilog=epilog).parse_args(argv)
+    go_on = "give the same command with --resume to go on"
+    if args.eval_only:
+        go_on = "run the same command again"
+    elif args.overwrite:
+        go_on = "give the same command with --resume in place of --overwrite to go on"
+
+    @user_errors(go_on=go_on)
+    def start() -> None:
+        if args.eval_only and args.overwrite:
+            raise UserError("--overwrite is for training: --eval-only removes nothing")
+        check_launch(args, find_place())
+        args.config_file = find_config(args.config_file) if args.config_file else ""
+        check(args)
+        launch(run, args)
+
+    start()
 
 
 def argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:

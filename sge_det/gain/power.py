@@ -88,8 +88,29 @@ def given(
     if not -1 <= correlation <= 1:
         raise UserError(f"--correlation {correlation} must be from -1 to 1")
     if not 0 <= image_error < 100 or images < 2:
-        raise UserError("--image-error must be a number of AP points, of at least 2 --images-count images")
+        raise UserError("--image-error must be a number of AP points from 0 on, and --image-count at least 2")
     return Outlook("as given", Design(sd[0], sd[-1], correlation, True, image_error, images), hours)
+
+
+def check_wanted(difference: float, seeds: int | None, hours: float) -> None:
+    """Checks what a plan is asked for.
+
+    Args:
+        difference: to be seen, AP points.
+        seeds: that can be paid for; None for no number.
+        hours: of a run; NaN where it is not known.
+
+    Raises:
+        UserError: a number for which there is no answer.
+    """
+    if not 0 < difference <= 100:
+        raise UserError(
+            f"--difference {difference} must be a number of AP points above 0: no seeds show a difference of 0"
+        )
+    if seeds is not None and seeds < 2:
+        raise UserError(f"--max-seeds {seeds} must be at least 2: one seed shows no spread")
+    if hours <= 0 or math.isinf(hours):
+        raise UserError(f"--hours {hours} must be a number above 0")
 
 
 def published(hours: float = math.nan) -> list[Outlook]:

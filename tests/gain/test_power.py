@@ -118,6 +118,11 @@ def test_the_tool_plans(call_tool, pilot):
     ("arguments", "words"),
     [
         ("--plan --sd 1 --pilot x", "leave out one of them"),
+        ("--plan --sd 1 --difference 0", "--difference 0.0 must be a number of AP points above 0"),
+        ("--plan --sd 1 --difference nan", "--difference nan must be a number"),
+        ("--plan --sd 1 --max-seeds -3", "--max-seeds -3 must be at least 2"),
+        ("--plan --sd 1 --hours -1", "--hours -1.0 must be a number above 0"),
+        ("--plan --sd 1 --decide 1", "--plan trains nothing: leave out --decide"),
         ("--plan --config-file x", "--plan trains nothing: leave out --config-file"),
         ("--sd 1 --output x", "--sd goes with --plan"),
         ("--config-file x", "give the folder of the runs and the report with --output"),
