@@ -28,6 +28,11 @@ STAGE_LOSS_WEIGHTS = (1.0, 0.5, 0.25)
 PRECISIONS = ("float16", "bfloat16")
 TRACKERS = ("wandb", "mlflow", "trackio")
 
+# Of lazy configs, whose files need not have them.
+LAZY_KEYS = tuple(
+    f"train.{key}" for key in ("seed", "skip_nonfinite", "loader_timeout", "sge_log_period", "pixel_range")
+)
+
 # A config is a page of text: what is longer, deeper or grows beyond this is none.
 _LONGEST, _MOST_NODES = 1 << 20, 100_000
 _MOST_BASES = 50
@@ -53,6 +58,9 @@ def add_sge_config(cfg: CfgNode) -> None:
     cfg.MODEL.ROI_BOX_CASCADE_HEAD.STAGE_LOSS_WEIGHTS = STAGE_LOSS_WEIGHTS
     # False leaves out the ReLU between RetinaNet's P6 and P7, as the release does.
     cfg.MODEL.FPN.P7_RELU = True
+    # The values that become 0 and 255, (LOW, HIGH), of images whose pixels have more than 8 bits (16-bit, int32,
+    # float); without it they are refused. Images of 8 bits stay as they are.
+    cfg.INPUT.PIXEL_RANGE = ()
     # "SGD", as everywhere in Detectron2, or "ADAMW"; BASE_LR, the decays and the clipping serve both.
     cfg.SOLVER.OPTIMIZER = OPTIMIZERS[0]
     # How many steps whose loss is not finite are passed over before training stops.
@@ -380,10 +388,10 @@ def _override_lazy(cfg: DictConfig, override: str) -> None:
     parent, _, last = name.rpartition(".")
     try:
         node = OmegaConf.select(cfg, parent) if parent else cfg
-        if not key.startswith("+") and (node is None or last not in _lazy_names(node)):
+        if not key.startswith("+") and name not in LAZY_KEYS and (node is None or last not in _lazy_names(node)):
             near = _nearest(name, _lazy_keys(cfg))
             raise UserError(f"there is no config key {name}{near or f': +{override} adds it'}")
-        LazyConfig.apply_overrides(cfg, [override])
+        LazyConfig.apply_overrides(cfg, [override if name not in LAZY_KEYS or key != name else f"+{override}"])
     except UserError:
         raise
     except Exception as error:  # of Hydra's grammar and OmegaConf's checks, a dozen kinds

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import quiet  # noqa: F401
 import torch
+from detectron2.config import CfgNode
 from detectron2.data.detection_utils import read_image
 
 from sge_det.config import load_config
+from sge_det.data.images import image_fault, readable
 from sge_det.engine.training import load_model
 from sge_det.errors import UserError, user_errors
 from sge_det.export import FORMATS, SIZES, export_model, report
@@ -48,17 +50,19 @@ def size(text: str) -> tuple[int, int]:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_intermixed_args(argv)
     cfg = load_config(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu"])
-    image = None if args.image is None else read(args.image, cfg.INPUT.FORMAT)
+    image = None if args.image is None else read(args.image, cfg)
     exports = export_model(load_model(cfg), args.output, args.format, sizes=args.size or SIZES, image=image)
     print(report(exports))
     sys.exit(0 if all(export.holds for export in exports if export.file) else 1)
 
 
-def read(path: str, form: str) -> torch.Tensor:
-    try:
-        return torch.as_tensor(read_image(path, form).transpose(2, 0, 1).copy())
-    except OSError as error:
-        raise UserError(f"cannot read the image {path}: {error}") from error
+def read(path: str, cfg: CfgNode) -> torch.Tensor:
+    pixel_range = cfg.INPUT.PIXEL_RANGE
+    fault = image_fault(path, decode=True, pixel_range=pixel_range)
+    if fault:
+        raise UserError(f"the image {path} {fault}")
+    image = read_image(readable(path, pixel_range), cfg.INPUT.FORMAT)
+    return torch.as_tensor(image.transpose(2, 0, 1).copy())
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch import nn
 from ..config import load_config
 from ..data.annotations import read_annotations
 from ..data.datasets import head_section, register_sample
-from ..data.images import image_fault
+from ..data.images import image_fault, readable
 from ..engine import doctor
 from ..engine.training import load_model, setup_config
 from ..errors import UserError
@@ -118,6 +118,7 @@ class Predictor:
 
     def __init__(self, cfg: CfgNode, model: nn.Module | None = None):
         self.format = cfg.INPUT.FORMAT
+        self.pixel_range = tuple(cfg.INPUT.get("PIXEL_RANGE", ()))
         self.model = (load_model(cfg) if model is None else model).eval()
         self.layer = ""
         self._resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
@@ -128,11 +129,11 @@ class Predictor:
         Raises:
             Unreadable: it cannot be read.
         """
-        fault = image_fault(file)
+        fault = image_fault(file, pixel_range=self.pixel_range)
         if fault:
             raise Unreadable(fault)
         try:
-            return read_image(str(file), self.format)
+            return read_image(readable(file, self.pixel_range), self.format)
         except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
             raise Unreadable(str(error).split("\n")[0] or type(error).__name__) from error
 

@@ -29,7 +29,7 @@ from PIL import Image
 
 from ..errors import Resumable, UserError
 from .datasets import check_masks
-from .images import image_fault
+from .images import image_fault, readable
 
 _open_iterators: list[Iterator] = []
 # What the doctor loaded and the training loader will want: reading COCO twice takes as long again.
@@ -63,7 +63,7 @@ def build_train_loader(cfg: CfgNode, seed: int, *, keep: bool = False) -> "Repla
         )
     return seeded_loader(
         dicts,
-        DatasetMapper(cfg, is_train=True),
+        build_mapper(cfg, is_train=True),
         sampler,
         seed,
         cfg.SOLVER.IMS_PER_BATCH,
@@ -322,7 +322,7 @@ def build_test_loader(cfg: CfgNode, name: str, *, alone: bool = False) -> "Evalu
     Args:
         alone: this process gets all images; otherwise its share of them.
     """
-    mapper = functools.partial(map_image, DatasetMapper(cfg, is_train=False))
+    mapper = functools.partial(map_image, build_mapper(cfg, is_train=False))
     sampler = {"sampler": range(len(DatasetCatalog.get(name)))} if alone else {}
     loader = build_detection_test_loader(cfg, name, mapper=mapper, **sampler)
     if loader.num_workers:
@@ -374,18 +374,31 @@ class _SeededDataset(torch.utils.data.Dataset):
         return _SeededDataset(self.examples, mapper, self.seed)
 
 
+def build_mapper(cfg: CfgNode, *, is_train: bool) -> DatasetMapper:
+    """Detectron2's mapper of ``cfg``, with what :func:`map_image` takes from it: ``pixel_range``."""
+    mapper = DatasetMapper(cfg, is_train=is_train)
+    mapper.pixel_range = tuple(cfg.INPUT.get("PIXEL_RANGE", ()))
+    return mapper
+
+
 def map_image(mapper: DatasetMapper, example: dict) -> dict:
     """``mapper(example)``, with a sentence that names the image where it cannot be read.
 
+    Images of more than 8 bits are scaled by the mapper's ``pixel_range``, if it has one.
+
     Raises:
-        UserError: the image is missing, damaged, deeper than 8 bits, or not of the size that the annotations say.
+        UserError: the image is missing, damaged, deeper than 8 bits without a ``pixel_range``, or not of the size that
+            the annotations say.
     """
     file = str(example["file_name"])
-    fault = image_fault(file) if os.path.isfile(file) else None
+    pixel_range = getattr(mapper, "pixel_range", ())
+    fault = image_fault(file, pixel_range=pixel_range) if os.path.isfile(file) else None
     if fault:
         raise UserError(f"the image {file} {fault}")
     try:
-        return mapper(example)
+        mapped = mapper({**example, "file_name": readable(file, pixel_range)})
+        mapped["file_name"] = example["file_name"]
+        return mapped
     except FileNotFoundError as error:
         raise Resumable(f"the image {file} cannot be read, it is not there: put it back") from error
     except (OSError, SyntaxError) as error:

@@ -26,6 +26,7 @@ _FREE_KEYS = (
 )
 # Off as they are by default, they change nothing, and runs from before they were there can go on.
 _OFF = {
+    "INPUT.PIXEL_RANGE": lambda cfg: not cfg.INPUT.PIXEL_RANGE,
     "MODEL_EMA.": lambda cfg: not cfg.MODEL_EMA.ENABLED,
     "SOLVER.AMP.PRECISION": lambda cfg: not cfg.SOLVER.AMP.ENABLED or cfg.SOLVER.AMP.PRECISION == "float16",
     "SOLVER.GRADIENT_ACCUMULATION_STEPS": lambda cfg: cfg.SOLVER.GRADIENT_ACCUMULATION_STEPS == 1,

@@ -56,6 +56,7 @@ _KEYS = {
     "DATALOADER.NUM_WORKERS": "dataloader.train.num_workers",
     "DATALOADER.TIMEOUT": "train.loader_timeout",
     "DATASETS.TRAIN": "dataloader.train.dataset.names",
+    "INPUT.PIXEL_RANGE (LOW, HIGH)": "train.pixel_range=[LOW,HIGH]",
     "MODEL.SGE.INIT": "its start values",
     "MODEL.RESNETS.DEPTH": "model.backbone.bottom_up.stages.depth",
 }
@@ -88,7 +89,7 @@ def setup_lazy_config(
     """Reads a lazy config, takes the data sets into it and checks what can be checked before a model is built.
 
     Besides Detectron2's keys, ``train`` may have ``seed`` (-1: drawn), ``skip_nonfinite`` (0), ``loader_timeout`` (600
-    seconds) and ``sge_log_period`` (200).
+    seconds), ``sge_log_period`` (200) and ``pixel_range`` (as ``INPUT.PIXEL_RANGE``).
 
     Args:
         config_file: a Python file, or the name of one that comes with sge_det.
@@ -298,7 +299,7 @@ def build_lazy_train_loader(cfg: DictConfig, seed: int) -> Any:
     dicts = _instances(section)
     return seeded_loader(
         dicts,
-        instantiate(section.mapper),
+        lazy_mapper(cfg, section),
         TrainingSampler(len(dicts), seed=seed),
         seed,
         section.total_batch_size,
@@ -306,6 +307,20 @@ def build_lazy_train_loader(cfg: DictConfig, seed: int) -> Any:
         num_workers=section.get("num_workers", 0),
         timeout=cfg.train.get("loader_timeout", LOADER_TIMEOUT),
     )
+
+
+def lazy_mapper(cfg: DictConfig, section: DictConfig) -> Any:
+    """The mapper of a loader of ``cfg``, with what :func:`.map_image` takes from it: ``pixel_range``.
+
+    Raises:
+        UserError: ``train.pixel_range`` is no range.
+    """
+    mapper = instantiate(section.mapper)
+    pixel_range = tuple(cfg.train.get("pixel_range", ()))
+    if pixel_range and not (len(pixel_range) == 2 and pixel_range[0] < pixel_range[1]):
+        raise UserError(f"train.pixel_range must be two numbers, the lower first; got {pixel_range!r:.100}")
+    mapper.pixel_range = pixel_range
+    return mapper
 
 
 def _instances(section: DictConfig) -> list[dict]:
@@ -321,7 +336,7 @@ def _test_loader(cfg: DictConfig) -> EvaluationLoader:
     if _target(section) is build_detection_test_loader:
         arguments = {name: instantiate(value) for name, value in arguments.items()}
         loader = build_detection_test_loader(
-            mapper=functools.partial(map_image, instantiate(section.mapper)), **arguments
+            mapper=functools.partial(map_image, lazy_mapper(cfg, section)), **arguments
         )
     else:
         loader = instantiate(section)

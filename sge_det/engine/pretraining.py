@@ -29,6 +29,7 @@ from torchvision.transforms import ToTensor
 from tqdm import tqdm
 
 from ..checkpoint.safe_load import Unreadable, load_file
+from ..data.images import is_clipped
 from ..data.loader import leave_signals_to_parent, with_plain_errors
 from ..errors import Stopped, UserError
 from ..files import make_folder, remove_file, replacing, write_json
@@ -299,7 +300,10 @@ class Images(Dataset):
         try:
             file, label = self.reader[index]
             with file:
-                image = Image.open(file).convert("RGB")
+                image = Image.open(file)
+                if is_clipped(image):
+                    raise ValueError("its pixels have more than 8 bits")
+                image = image.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(
                 f"--{self.option} {self.path}: {self.reader.filename(index)} cannot be read as an image ({error}): "

@@ -11,6 +11,7 @@ from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as mask_utils
 
+from ..data.images import scaled_image
 from ..errors import UserError
 from .input import GroundTruth
 from .measurement import Measurement
@@ -97,7 +98,7 @@ def gallery(
         info = truth.images[image_id]
         path = image_root / info["file_name"]
         try:
-            photo = Image.open(path).convert("RGB")
+            photo = scaled_image(path).convert("RGB")
         except OSError as error:
             raise UserError(f"the image {path} cannot be read: {error}") from error
         draw = functools.partial(_panel, photo, size=(info["width"], info["height"]), masks="segm" in report["tasks"])

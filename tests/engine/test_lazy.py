@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -9,19 +10,22 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 from detectron2.utils.events import EventStorage
+from PIL import Image
 from test_config import EXPECTED_COCO
 from torch import nn
 
 import sge_det
 from sge_det import UserError
 from sge_det.config import load_config, load_lazy_config
-from sge_det.data.loader import build_train_loader
+from sge_det.data.loader import build_train_loader, map_image
 from sge_det.engine.lazy import (
     LazyTrainer,
     build_lazy_train_loader,
     claimed_lazily,
     evaluate_lazily,
     flat,
+    lazy_mapper,
+    lazy_words,
     setup_lazy_config,
     train_lazily,
 )
@@ -291,6 +295,22 @@ def test_mistakes_are_sentences(overrides, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=message):
         setup_lazy_config(FASTER, overrides)
+
+
+def test_own_keys_are_taken_where_the_file_has_them_and_where_not(tmp_path):
+    twice = ["train.skip_nonfinite=2", "train.skip_nonfinite=3", "+train.loader_timeout=7"]
+    train = load_lazy_config(FASTER, twice).train
+    assert (train.skip_nonfinite, train.loader_timeout) == (3, 7)
+    Image.fromarray(np.full((30, 40), 1000, np.uint16)).save(tmp_path / "deep.png")
+    cfg = load_lazy_config(FASTER, ["train.pixel_range=[0,2550]"])
+    example = {"file_name": str(tmp_path / "deep.png"), "height": 30, "width": 40}
+    image = map_image(lazy_mapper(cfg, cfg.dataloader.test), example)["image"]
+    assert (image == 100).all()
+    with pytest.raises(UserError, match=r"set train.pixel_range=\[LOW,HIGH\]"), lazy_words():
+        map_image(instantiate(cfg.dataloader.test.mapper), example)
+    cfg = load_lazy_config(FASTER, ["train.pixel_range=[5]"])
+    with pytest.raises(UserError, match=r"train.pixel_range must be two numbers"):
+        lazy_mapper(cfg, cfg.dataloader.test)
 
 
 def test_a_file_that_fails_leaves_imports_alone(tmp_path):

@@ -3,6 +3,7 @@
 One file for each thing that it looks at: settings, weights, data, run.
 """
 
+import functools
 from collections.abc import Sequence
 
 from detectron2.config import CfgNode
@@ -75,7 +76,8 @@ def examine_files(
     options = sge_options(cfg)
     names = dict.fromkeys((*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST))
     known = [name for name in names if name in DatasetCatalog]
-    findings = [finding for name in known for finding in examine_dataset(name, every_image=every_image)]
+    look = functools.partial(examine_dataset, every_image=every_image, pixel_range=cfg.INPUT.get("PIXEL_RANGE", ()))
+    findings = [finding for name in known for finding in look(name)]
     if not unregistered(cfg) and not wrong_groups(cfg, options):
         unbuilt = examine_build(cfg, overrides, eval_only=eval_only)
         findings += unbuilt or ([] if missing_weights(cfg) else examine_weights(cfg, options))

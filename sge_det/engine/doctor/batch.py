@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ...data.dicts import dicts_fault
-from ...data.loader import build_train_loader, map_image, proposal_files
+from ...data.loader import build_mapper, build_train_loader, map_image, proposal_files
 from ...errors import UserError
 from .build import culprit, failure, told, undisturbed
 from .finding import Finding, finding_of
@@ -67,7 +67,7 @@ def _training(cfg: CfgNode) -> Callable[[CfgNode], Any]:
     batch = next(loader.batches())[:_MOST]
 
     def read(trial: CfgNode) -> None:
-        dataset = loader.dataset.with_mapper(DatasetMapper(trial, is_train=True))
+        dataset = loader.dataset.with_mapper(build_mapper(trial, is_train=True))
         for key in batch:
             dataset[key]
 
@@ -93,4 +93,4 @@ def _testing(cfg: CfgNode, name: str) -> Callable[[CfgNode], Any]:
     _check_dicts(name, dicts, are_tested=(MetadataCatalog.get(name).get("evaluator_type") or "coco") == "coco")
     if not dicts:
         raise UserError(f"the data set {name} is empty: there is nothing to test on")
-    return lambda trial: map_image(DatasetMapper(trial, is_train=False), dicts[0])
+    return lambda trial: map_image(build_mapper(trial, is_train=False), dicts[0])

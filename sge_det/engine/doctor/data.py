@@ -2,6 +2,7 @@
 
 import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.data import MetadataCatalog
@@ -26,8 +27,12 @@ _WARNINGS = {
 _SAMPLED = 50
 
 
-def examine_dataset(name: str, *, every_image: bool = False) -> list[Finding]:
-    """Faults of a data set; of its images, a sample is opened, or each with ``every_image``."""
+def examine_dataset(name: str, *, every_image: bool = False, pixel_range: Sequence[float] = ()) -> list[Finding]:
+    """Faults of a data set; of its images, a sample is opened, or each with ``every_image``.
+
+    Args:
+        pixel_range: ``INPUT.PIXEL_RANGE``.
+    """
     metadata = MetadataCatalog.get(name)
     json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
     if metadata.get("evaluator_type", "coco") != "coco":
@@ -36,13 +41,13 @@ def examine_dataset(name: str, *, every_image: bool = False) -> list[Finding]:
         return []  # not COCO's format, or use_datasets has said so
     stat = os.stat(json_file)
     most = None if every_image else _SAMPLED
-    faults = _dataset_faults(json_file, image_root, most, stat.st_mtime_ns, stat.st_size)
+    faults = _dataset_faults(json_file, image_root, most, tuple(pixel_range), stat.st_mtime_ns, stat.st_size)
     return [Finding(severity, f"data set {name}", problem, remedy) for severity, problem, remedy in faults]
 
 
 @functools.lru_cache(maxsize=8)
 def _dataset_faults(
-    json_file: str, image_root: str, most: int | None, time: int, size: int
+    json_file: str, image_root: str, most: int | None, pixel_range: tuple[float, ...], time: int, size: int
 ) -> list[tuple[str, str, str]]:
     """Faults of a data set as (severity, problem, remedy); ``time`` and ``size`` tell states of the file apart."""
     try:
@@ -66,7 +71,7 @@ def _dataset_faults(
         )
         faults.append(("error", problem, "put them there, or name the folder that holds them"))
         return faults
-    damaged = image_faults(images, image_root, most)
+    damaged = image_faults(images, image_root, most, pixel_range=pixel_range)
     if damaged:
         file, fault = damaged[0]
         more = f" (and {len(damaged) - 1} more images cannot be used)" if len(damaged) > 1 else ""

@@ -198,6 +198,10 @@ _RULES: dict[str, Rule] = {
     "INPUT.CROP.TYPE": _choice("relative_range", "relative", "absolute", "absolute_range"),
     "INPUT.CROP.SIZE": _each(_real(0, 30_000, above=True), count=2),
     "INPUT.FORMAT": _choice("BGR", "RGB", "L", "YUV-BT.601"),
+    "INPUT.PIXEL_RANGE": Rule(
+        lambda v: isinstance(v, list | tuple) and (not v or (_each(_real(), count=2).holds(v) and v[0] < v[1])),
+        "(), or the values that are to become 0 and 255, (LOW, HIGH)",
+    ),
     "INPUT.MASK_FORMAT": _choice("polygon", "bitmask"),
     **{f"DATASETS.{key}": _each(_NAME, fewest=0) for key in ("TRAIN", "TEST")},
     **{f"DATASETS.PROPOSAL_FILES_{key}": _each(_NAME, fewest=0) for key in ("TRAIN", "TEST")},
