@@ -5,6 +5,7 @@ import contextlib
 import functools
 import itertools
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -257,6 +258,10 @@ def with_plain_errors(loader: torch.utils.data.DataLoader, timeout: float = 0) -
                     batch = next(iterator)
                 except StopIteration:
                     return
+                except (ConnectionError, EOFError, pickle.UnpicklingError) as error:
+                    if lost := _lost_worker(iterator):
+                        raise lost from error
+                    raise
             yield batch
     except UserError as error:
         # a worker's error arrives with its traceback as its text
@@ -266,6 +271,16 @@ def with_plain_errors(loader: torch.utils.data.DataLoader, timeout: float = 0) -
         if iterator in _open_iterators:
             _open_iterators.remove(iterator)
         _end_workers(iterator)
+
+
+def _lost_worker(iterator: Iterator) -> RuntimeError | None:
+    """The loader's own error for a worker that was killed in the middle of handing over a batch."""
+    for worker in getattr(iterator, "_workers", []):
+        worker.join(timeout=1)  # its sockets close a moment before it counts as ended
+        if worker.exitcode:
+            how = signal.Signals(-worker.exitcode).name if worker.exitcode < 0 else f"exit code {worker.exitcode}"
+            return RuntimeError(f"DataLoader worker (pid {worker.pid}) ended by {how} while it handed over a batch")
+    return None
 
 
 @contextlib.contextmanager

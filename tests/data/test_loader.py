@@ -1,0 +1,38 @@
+"""What becomes of the errors of loader workers."""
+
+import os
+import signal
+
+import pytest
+import torch
+from torch.utils.data._utils import signal_handling
+
+
+class _EndsItsMaker:
+    """Kills the process that pickled it as soon as another one reads it."""
+
+    def __reduce__(self):
+        return os.kill, (os.getpid(), signal.SIGKILL)
+
+
+class _OneImage(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return [_EndsItsMaker(), torch.zeros(3)]  # a tensor's memory is fetched from its maker
+
+
+def test_a_worker_that_is_killed_while_it_hands_over_a_batch_is_the_loaders_error(monkeypatch):
+    from sge_det.data.loader import with_plain_errors  # not above: the worker imports this module too
+
+    loader = torch.utils.data.DataLoader(_OneImage(), num_workers=1, collate_fn=list, multiprocessing_context="spawn")
+    batches = with_plain_errors(loader)
+    # the loader's own handler may come too late
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", True)
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid"):
+            next(batches)
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
