@@ -28,10 +28,28 @@ STAGE_LOSS_WEIGHTS = (1.0, 0.5, 0.25)
 PRECISIONS = ("float16", "bfloat16")
 TRACKERS = ("wandb", "mlflow", "trackio")
 
-# Of lazy configs, whose files need not have them.
-LAZY_KEYS = tuple(
-    f"train.{key}" for key in ("seed", "skip_nonfinite", "loader_timeout", "sge_log_period", "pixel_range")
-)
+# Sections of lazy configs that mirror one of YAML configs, and the keys of both.
+LAZY_SECTIONS = {
+    "train.amp": ("SOLVER.AMP", ("enabled", "precision")),
+    "train.model_ema": ("MODEL_EMA", ("enabled", "decay")),
+    "train.best_checkpointer": ("SOLVER.BEST_CHECKPOINTER", ("enabled", "metric")),
+    "train.early_stopping": ("SOLVER.EARLY_STOPPING", ("patience", "min_delta", "metric")),
+    "train.clip_gradients": ("SOLVER.CLIP_GRADIENTS", ("enabled", "clip_type", "clip_value", "norm_type")),
+}
+# Keys of lazy configs, whose files need not have them, and the YAML key that each stands for.
+LAZY_KEYS = {
+    f"{section}.{name}": f"{theirs}.{name.upper()}"
+    for section, (theirs, names) in LAZY_SECTIONS.items()
+    for name in names
+} | {
+    "train.gradient_accumulation_steps": "SOLVER.GRADIENT_ACCUMULATION_STEPS",
+    "train.skip_nonfinite": "SOLVER.SKIP_NONFINITE",
+    "train.loader_timeout": "DATALOADER.TIMEOUT",
+    "train.sge_log_period": "MODEL.SGE.LOG_PERIOD",
+    "train.pixel_range": "INPUT.PIXEL_RANGE",
+    "train.report_to": "REPORT_TO",
+    "train.seed": "SEED",
+}
 
 # A config is a page of text: what is longer, deeper or grows beyond this is none.
 _LONGEST, _MOST_NODES = 1 << 20, 100_000
@@ -389,7 +407,7 @@ def _override_lazy(cfg: DictConfig, override: str) -> None:
     try:
         node = OmegaConf.select(cfg, parent) if parent else cfg
         if not key.startswith("+") and name not in LAZY_KEYS and (node is None or last not in _lazy_names(node)):
-            near = _nearest(name, _lazy_keys(cfg))
+            near = _nearest(name, [*_lazy_keys(cfg), *LAZY_KEYS])
             raise UserError(f"there is no config key {name}{near or f': +{override} adds it'}")
         LazyConfig.apply_overrides(cfg, [override if name not in LAZY_KEYS or key != name else f"+{override}"])
     except UserError:

@@ -60,6 +60,15 @@ def clip_whole_gradient(optimizer: torch.optim.Optimizer, max_norm: float, norm_
     optimizer.register_step_pre_hook(clip)
 
 
+def add_clipping(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> None:
+    """Makes an optimizer that is there clip as ``SOLVER.CLIP_GRADIENTS`` says."""
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    if clip.ENABLED and clip.CLIP_TYPE == "full_model":
+        clip_whole_gradient(optimizer, clip.CLIP_VALUE, clip.NORM_TYPE)
+    else:
+        maybe_add_gradient_clipping(cfg, optimizer)
+
+
 def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
     """Detectron2's ``build_lr_scheduler``, which knows DeepLab's ``WarmupPolyLR`` too."""
     if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupPolyLR":

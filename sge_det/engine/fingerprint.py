@@ -170,13 +170,16 @@ def what_counts(cfg: CfgNode) -> dict[str, str]:
         own = {f"{section}{key}" for key in cfg.MODEL.SGE}
     if options.ignore_padding:  # of the plain twin, too
         own |= {f"{section}IGNORE_PADDING"}
-    free = [key for key in _FREE_KEYS if key != "TEST.EVAL_PERIOD" or not cfg.SOLVER.EARLY_STOPPING.PATIENCE]
-    off = tuple(prefix for prefix, is_off in _OFF.items() if is_off(cfg))
     return {
-        key: value
-        for key, value in _flat(cfg)
-        if key not in free and not key.startswith(off) and (key in own or not key.startswith(section))
+        key: value for key, value in _flat(cfg) if not is_free(key, cfg) and (key in own or not key.startswith(section))
     }
+
+
+def is_free(key: str, cfg: CfgNode) -> bool:
+    """Whether a run's outcome does not depend on the key's value, as the other keys of ``cfg`` are."""
+    if key == "TEST.EVAL_PERIOD":
+        return not cfg.SOLVER.EARLY_STOPPING.PATIENCE
+    return key in _FREE_KEYS or any(key.startswith(prefix) and is_off(cfg) for prefix, is_off in _OFF.items())
 
 
 def _flat(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import tempfile
-import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,12 +16,13 @@ import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.data.samplers import TrainingSampler
-from detectron2.engine import HookBase, create_ddp_model, hooks
-from detectron2.engine.train_loop import AMPTrainer, SimpleTrainer, TrainerBase
+from detectron2.engine import HookBase, hooks
+from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventWriter
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -32,13 +32,16 @@ from ..data.datasets import check_datasets, register_dataset, register_sample
 from ..data.loader import EvaluationLoader, map_image, seeded_loader
 from ..errors import UserError
 from ..files import write_file
-from ..modeling.gates import GateWriter, sge_layers
+from ..solver import add_clipping
+from . import doctor
 from .claims import claimed_folder
-from .fingerprint import Contents, fingerprint_of
+from .evaluations import Settled
+from .fingerprint import Contents, fingerprint_of, is_free
 from .logs import start_logs
-from .loss_guard import LossGuard
-from .periodic import KeptCheckpoints, LoggedEvaluation
-from .stopping import StopHook, waiting
+from .periodic import KeptCheckpoints
+from .reporting import build_report_writer
+from .stopping import waiting
+from .switches import YAML_KEYS, switches_of
 from .training import Trainer, faults_in_words
 
 logger = logging.getLogger(__name__)
@@ -46,25 +49,20 @@ logger = logging.getLogger(__name__)
 _SECTIONS = ("model", "optimizer", "lr_multiplier", "dataloader", "train")
 # The sentences of runs name keys of YAML configs; these are a lazy config's for the same.
 _KEYS = {
-    "OUTPUT_DIR": "train.output_dir",
+    **{theirs: ours for ours, theirs in YAML_KEYS.items()},
     "MODEL.WEIGHTS": "train.init_checkpoint",
-    "SOLVER.MAX_ITER": "train.max_iter",
     "SOLVER.BASE_LR": "optimizer.lr",
-    "SOLVER.IMS_PER_BATCH": "dataloader.train.total_batch_size",
-    "SOLVER.SKIP_NONFINITE": "train.skip_nonfinite",
-    "SOLVER.CLIP_GRADIENTS.ENABLED True": "optimizer._target_=sge_det.solver.build_clipped",
     "DATALOADER.NUM_WORKERS": "dataloader.train.num_workers",
-    "DATALOADER.TIMEOUT": "train.loader_timeout",
     "DATASETS.TRAIN": "dataloader.train.dataset.names",
     "INPUT.PIXEL_RANGE (LOW, HIGH)": "train.pixel_range=[LOW,HIGH]",
     "MODEL.SGE.INIT": "its start values",
     "MODEL.RESNETS.DEPTH": "model.backbone.bottom_up.stages.depth",
 }
-_FREE = re.compile(
-    r"train\.(output_dir|checkpointer|eval_period|log_period|sge_log_period|loader_timeout)\b.*|.*\.num_workers"
-)
+_WORDS = re.compile("|".join(rf"(?<!\w){re.escape(key)}(?!\w)" for key in sorted(_KEYS, key=len, reverse=True)))
+_FREE = re.compile(r"train\.(output_dir|checkpointer|log_period)\b.*|.*\.num_workers")
 _CHANGEABLE = re.compile(
-    r"train\.(max_iter|device|skip_nonfinite)|lr_multiplier\..*(milestones|num_updates|warmup_length).*"
+    r"train\.(max_iter|eval_period|device|skip_nonfinite|early_stopping\..*)"
+    r"|lr_multiplier\..*(milestones|num_updates|warmup_length).*"
     r"|dataloader\.(test|evaluator)\..*"
 )
 
@@ -75,8 +73,11 @@ def lazy_words() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        text = re.sub("|".join(map(re.escape, _KEYS)), lambda match: _KEYS[match[0]], str(error))
-        raise type(error)(text) from error
+        raise type(error)(_in_lazy_words(str(error))) from error
+
+
+def _in_lazy_words(text: str) -> str:
+    return _WORDS.sub(lambda match: _KEYS[match[0]], text)
 
 
 def setup_lazy_config(
@@ -88,8 +89,7 @@ def setup_lazy_config(
 ) -> DictConfig:
     """Reads a lazy config, takes the data sets into it and checks what can be checked before a model is built.
 
-    Besides Detectron2's keys, ``train`` may have ``seed`` (-1: drawn), ``skip_nonfinite`` (0), ``loader_timeout`` (600
-    seconds), ``sge_log_period`` (200) and ``pixel_range`` (as ``INPUT.PIXEL_RANGE``).
+    Besides Detectron2's keys, ``train`` may have those of :data:`..config.LAZY_KEYS`, whether the file has them or not.
 
     Args:
         config_file: a Python file, or the name of one that comes with sge_det.
@@ -113,8 +113,8 @@ def setup_lazy_config(
     train = cfg.train
     if str(train.device).startswith("cuda") and not torch.cuda.is_available():
         train.device = "cpu"
-    if train.amp.enabled and train.device == "cpu":
-        raise UserError("train.amp.enabled=True needs a GPU: give train.amp.enabled=False")
+    with lazy_words():
+        doctor.tell(doctor.examine_switches(switches_of(cfg), eval_only=eval_only))
     path = train.init_checkpoint
     if path and "://" not in path and not os.path.isfile(path):
         raise UserError(
@@ -161,10 +161,15 @@ def claimed_lazily(cfg: DictConfig, *, resume: bool = False, overwrite: bool = F
 
     def made_from() -> dict:
         contents = Contents(coco_only=False).of_names(dataset_names(cfg), cfg.train.init_checkpoint)
-        return fingerprint_of(flat(cfg), contents, comm.get_world_size())
+        return fingerprint_of(_what_counts(cfg), contents, comm.get_world_size())
 
     with claimed_folder(cfg.train.output_dir, made_from, resume=resume, overwrite=overwrite, changeable=_may_change):
         yield
+
+
+def _what_counts(cfg: DictConfig) -> dict[str, str]:
+    switches = switches_of(cfg)
+    return {key: value for key, value in flat(cfg).items() if not is_free(YAML_KEYS.get(key, ""), switches)}
 
 
 def flat(cfg: DictConfig) -> dict[str, str]:
@@ -193,7 +198,7 @@ def start_lazy_run(cfg: DictConfig, args: argparse.Namespace) -> None:
     Raises:
         UserError: the folder cannot be written.
     """
-    folder, seed = cfg.train.output_dir, _seed(cfg)
+    folder, seed = cfg.train.output_dir, switches_of(cfg).SEED
     start_logs(folder, args, "\n".join(f"{key} = {value}" for key, value in flat(cfg).items()))
     if comm.is_main_process():
         _save(cfg, Path(folder))
@@ -206,10 +211,6 @@ def _save(cfg: DictConfig, folder: Path) -> None:
         LazyConfig.save(cfg, os.path.join(scratch, "config.yaml"))
         for path in Path(scratch).iterdir():
             write_file(folder / path.name, path.read_bytes())
-
-
-def _seed(cfg: DictConfig) -> int:
-    return cfg.train.get("seed", -1)
 
 
 def build_lazy_model(cfg: DictConfig, seed: int) -> torch.nn.Module:
@@ -237,26 +238,19 @@ class LazyTrainer(Trainer):
 
     def __init__(self, cfg: DictConfig):
         TrainerBase.__init__(self)
-        train = cfg.train
-        self.seed = _seed(cfg) if _seed(cfg) >= 0 else comm.shared_random_seed() % 2**31
+        self.cfg, self.switches = cfg, switches_of(cfg)
+        seed = self.switches.SEED
+        self.seed = seed if seed >= 0 else comm.shared_random_seed() % 2**31
         model = build_lazy_model(cfg, self.seed)
         cfg.optimizer.params.model = model
         try:
             optimizer = instantiate(cfg.optimizer)
         finally:
             del cfg.optimizer.params.model  # the config is saved and compared without it
-        data_loader = build_lazy_train_loader(cfg, self.seed)
-        devices = {} if train.device != "cpu" else {"device_ids": None}
-        model = create_ddp_model(model, **train.get("ddp", {}), **devices)
-        self._guard = LossGuard(model, train.get("skip_nonfinite", 0))
-        trainer = AMPTrainer if train.amp.enabled else SimpleTrainer
-        self._trainer = trainer(model, data_loader, optimizer)
-        self.scheduler = LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), train.max_iter)
-        self.checkpointer = Checkpointer(model, train.output_dir, trainer=weakref.proxy(self))
-        self.start_iter, self.max_iter = 0, train.max_iter
-        self.cfg, self.device = cfg, train.device
-        self._is_seed_drawn = _seed(cfg) < 0
-        self.register_hooks(self.build_hooks())
+        add_clipping(self.switches, optimizer)
+        self._set_up(model, build_lazy_train_loader(cfg, self.seed), optimizer, **cfg.train.get("ddp", {}))
+        self.scheduler = LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), cfg.train.max_iter)
+        self._set_up_saving()
 
     def resume_or_load(self, resume: bool = True) -> None:
         drawn = self.seed
@@ -267,27 +261,36 @@ class LazyTrainer(Trainer):
             self._trainer.reset_data_loader(lambda: build_lazy_train_loader(self.cfg, self.seed))
         if hasattr(self.data_loader, "start"):
             self.data_loader.start = self.start_iter
+        self._begin()
 
-    def train(self) -> OrderedDict:
-        TrainerBase.train(self, self.start_iter, self.max_iter)
-        return getattr(self, "_last_eval_results", OrderedDict())
+    def _start_weights(self) -> None:
+        """Those of the config and of its checkpoint."""
+
+    def train(self) -> None:
+        try:
+            TrainerBase.train(self, self.start_iter, self.max_iter)
+        except Settled:
+            self.checkpointer.save("model_final", iteration=self.iter)
+
+    def warn(self, text: str) -> None:
+        super().warn(_in_lazy_words(text))
+
+    def build_report_writer(self) -> EventWriter | None:
+        return build_report_writer(self.switches, flat(self.cfg))
 
     def build_hooks(self) -> list[HookBase]:
         train = self.cfg.train
         built: list[HookBase] = [hooks.IterationTimer(), hooks.LRScheduler()]
         if comm.is_main_process():
-            if sge_layers(self.model) and train.get("sge_log_period", 200) > 0:
-                built.insert(0, GateWriter(self.model, train.get("sge_log_period", 200)))
             built.append(KeptCheckpoints(self.checkpointer, **train.checkpointer))
-
-        def test() -> OrderedDict:
-            self._last_eval_results = _test(self.cfg, self.model)
-            return self._last_eval_results
-
-        built += [StopHook(), LoggedEvaluation(train.eval_period, test)]
+        built.append(hooks.EvalHook(train.eval_period, self._evaluate))
         if comm.is_main_process():
             built.append(hooks.PeriodicWriter(self.build_writers(), period=train.log_period))
-        return built
+        return self._with_own(built)
+
+    @classmethod
+    def test(cls, cfg: DictConfig, model: torch.nn.Module, evaluators: None = None) -> OrderedDict:
+        return _test(cfg, model)
 
 
 def build_lazy_train_loader(cfg: DictConfig, seed: int) -> Any:
@@ -373,20 +376,10 @@ def train_lazily(cfg: DictConfig, *, resume: bool = False) -> OrderedDict:
     Raises:
         UserError: the loss is no longer finite, the weights do not match, or there is nothing left to train.
     """
-    with lazy_words(), faults_in_words(cfg.train.output_dir), waiting():
+    with lazy_words(), faults_in_words(cfg.train.output_dir):
         trainer = LazyTrainer(cfg)
         trainer.resume_or_load(resume=resume)
-        if trainer.start_iter >= trainer.max_iter:
-            logger.warning(
-                f"{cfg.train.output_dir} is trained to iteration {trainer.start_iter} already: evaluating it"
-            )
-            trainer.finish_last_checkpoint()
-            results = _test(cfg, trainer.model)
-            trainer.log_results(results, trainer.start_iter)
-            return results
-        with waiting(False):
-            trainer.evaluate_if_cut_off()
-        return trainer.train()
+        return trainer.run()
 
 
 def evaluate_lazily(cfg: DictConfig, *, resume: bool = False) -> OrderedDict:

@@ -86,10 +86,14 @@ class ReportWriter(EventWriter):
             logger.warning(f"{self._name} is told no more of this run ({type(error).__name__}: {_first_line(error)})")
 
 
-def build_report_writer(cfg: CfgNode) -> ReportWriter | None:
+def build_report_writer(cfg: CfgNode, config: dict | None = None) -> ReportWriter | None:
     """The writer that ``REPORT_TO`` asks for, in the main process; None where there is none.
 
     A run that goes on is the same one for the tracker, too.
+
+    Args:
+        cfg: with ``REPORT_TO`` and ``OUTPUT_DIR``.
+        config: what the tracker is told of the run's settings; ``cfg`` by default.
 
     Raises:
         UserError: the tracker is not installed, or does not start.
@@ -101,7 +105,7 @@ def build_report_writer(cfg: CfgNode) -> ReportWriter | None:
     path = Path(cfg.OUTPUT_DIR, REPORT_FILE)
     title = "/".join(Path(cfg.OUTPUT_DIR).absolute().parts[-2:])
     try:
-        tracker = _START[name](module, title, _known_run(path, name), cfg)
+        tracker = _START[name](module, title, _known_run(path, name), cfg.OUTPUT_DIR, config or _as_dict(cfg))
     except (Exception, SystemExit) as error:
         raise UserError(
             f"REPORT_TO {name}: it does not start ({_first_line(error)}): see to that (WANDB_MODE=offline for instance "
@@ -135,31 +139,31 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or ["it says no more"])[0][:300]
 
 
-def _wandb(module, title: str, known: str | None, cfg: CfgNode) -> Tracker:
+def _wandb(module, title: str, known: str | None, folder: str, config: dict) -> Tracker:
     run = module.init(
         project=os.environ.get("WANDB_PROJECT", _PROJECT),
         name=title,
         id=known,
         resume="allow",
-        dir=cfg.OUTPUT_DIR,
-        config=_as_dict(cfg),
+        dir=folder,
+        config=config,
     )
     return Tracker(run.id, lambda values, step: run.log(values, step=step), run.finish)
 
 
-def _mlflow(module, title: str, known: str | None, cfg: CfgNode) -> Tracker:
+def _mlflow(module, title: str, known: str | None, folder: str, config: dict) -> Tracker:
     module.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT))
     run = module.start_run(run_id=known, run_name=title)
-    module.log_text(cfg.dump(), "config.yaml")
+    module.log_dict(config, "config.yaml")
     return Tracker(run.info.run_id, lambda values, step: module.log_metrics(values, step=step), module.end_run)
 
 
-def _trackio(module, title: str, known: str | None, cfg: CfgNode) -> Tracker:
+def _trackio(module, title: str, known: str | None, folder: str, config: dict) -> Tracker:
     run = module.init(
         project=os.environ.get("TRACKIO_PROJECT", _PROJECT),
         name=known or title,
         resume="allow",
-        config=_as_dict(cfg),
+        config=config,
     )
     return Tracker(run.name, lambda values, step: module.log(values, step=step), module.finish)
 

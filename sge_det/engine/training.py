@@ -229,31 +229,38 @@ class Trainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode):
         TrainerBase.__init__(self)
+        self.switches = cfg
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed() % 2**31
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = build_train_loader(cfg, self.seed)
-        self._plain_model = model
-        if ema_decay(cfg) is not None:
-            self._average = AverageHook(model, ema_decay(cfg))
-        # DDP takes device ids for GPUs only
-        devices = {} if cfg.MODEL.DEVICE != "cpu" else {"device_ids": None}
-        model = create_ddp_model(model, broadcast_buffers=False, **devices)
-        self._guard = LossGuard(model, skip_nonfinite(cfg))
-        self._trainer = build_steps(cfg, model, data_loader, optimizer)
+        self._set_up(model, data_loader, optimizer, broadcast_buffers=False)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        metadata = Recipe.of_config(cfg).metadata()
+        self.cfg = cfg
+        self._set_up_saving(metadata=Recipe.of_config(cfg).metadata())
+
+    def _set_up(self, model: torch.nn.Module, data_loader: Any, optimizer: torch.optim.Optimizer, **ddp: Any) -> None:
+        """Makes what steps, as ``switches`` say; ``ddp`` are of Detectron2's ``create_ddp_model``."""
+        self._plain_model = model
+        decay = ema_decay(self.switches)
+        if decay is not None:
+            self._average = AverageHook(model, decay)
+        # DDP takes device ids for GPUs only
+        devices = {} if self.switches.MODEL.DEVICE != "cpu" else {"device_ids": None}
+        model = create_ddp_model(model, **ddp, **devices)
+        self._guard = LossGuard(model, skip_nonfinite(self.switches))
+        self._trainer = build_steps(self.switches, model, data_loader, optimizer)
+
+    def _set_up_saving(self, metadata: dict | None = None) -> None:
         # whoever loads a checkpoint gets the weights that were evaluated; a run goes on from those in training as well
         trained = {"trained": self._plain_model} if self._average else {}
         self.checkpointer = Checkpointer(
-            self.evaluated_model, cfg.OUTPUT_DIR, metadata=metadata, trainer=weakref.proxy(self), **trained
+            self.evaluated_model, self.switches.OUTPUT_DIR, metadata=metadata, trainer=weakref.proxy(self), **trained
         )
-        self.start_iter = 0
-        self.max_iter = cfg.SOLVER.MAX_ITER
-        self.cfg = cfg
-        self.device = cfg.MODEL.DEVICE
-        self._is_seed_drawn = cfg.SEED < 0
+        self.start_iter, self.max_iter = 0, self.switches.SOLVER.MAX_ITER
+        self.device = self.switches.MODEL.DEVICE
+        self._is_seed_drawn = self.switches.SEED < 0
         self.register_hooks(self.build_hooks())
 
     @property
@@ -273,12 +280,41 @@ class Trainer(DefaultTrainer):
             if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
                 verify_results(self.cfg, self.last_results)
 
+    def run(self) -> OrderedDict:
+        """Trains to the end, or tells that nothing is left to train, and gives the results of the last evaluation."""
+        rule, folder, done = self.switches.SOLVER.EARLY_STOPPING, self.switches.OUTPUT_DIR, self.start_iter
+        if done >= self.max_iter:
+            self.warn(
+                f"{folder} is already trained to iteration {done}: raise SOLVER.MAX_ITER ({self.max_iter}) to train "
+                "on. Evaluating it."
+            )
+            return self.finish()
+        self.evaluate_if_cut_off()
+        if done > 0 and is_settled(self.switches, done):
+            self.warn(
+                f"{folder} has ended early at iteration {done}: raise SOLVER.EARLY_STOPPING.PATIENCE ({rule.PATIENCE}) "
+                "to train on. Evaluating it."
+            )
+            return self.finish()
+        with waiting():
+            self.train()
+        return self.last_results
+
+    def warn(self, text: str) -> None:
+        logger.warning(text)
+
     def resume_or_load(self, resume: bool = True) -> None:
         drawn = self.seed
         super().resume_or_load(resume)
         if self.seed != drawn:
             self._trainer.reset_data_loader(lambda: build_train_loader(self.cfg, self.seed))
         self.data_loader.start = self.start_iter
+        self._begin()
+
+    def _begin(self) -> None:
+        """Starts what goes by the weights that were loaded, and by how many iterations they have behind them."""
+        if self.start_iter == 0 and self._average is not None:
+            self._plain_model.load_state_dict(self._average.model.state_dict())
         self._start_weights()
         if self._average is not None:
             self._average.start(loaded=self.start_iter > 0)
@@ -287,8 +323,6 @@ class Trainer(DefaultTrainer):
 
     def _start_weights(self) -> None:
         options = sge_options(self.cfg)
-        if self.start_iter == 0 and self._average is not None:
-            self._plain_model.load_state_dict(self._average.model.state_dict())
         if self.start_iter == 0 and options.reset:
             start_sge(self.model, options.init)
         if options.constant:  # whatever MODEL.WEIGHTS holds
@@ -335,22 +369,29 @@ class Trainer(DefaultTrainer):
     def build_writers(self) -> list[EventWriter]:
         folder = self.checkpointer.save_dir
         drop_torn_line(Path(folder, "metrics.json"))
-        own = build_report_writer(self.cfg)
+        own = self.build_report_writer()
         return [*default_writers(folder, self.max_iter), *([own] if own else [])]
 
+    def build_report_writer(self) -> EventWriter | None:
+        return build_report_writer(self.cfg)
+
     def build_hooks(self) -> list[HookBase]:
-        hooks = super().build_hooks()
-        period = sge_options(self.cfg).log_period
+        return self._with_own(super().build_hooks())
+
+    def _with_own(self, hooks: list[HookBase]) -> list[HookBase]:
+        """``hooks`` with ours among them, in the places of Detectron2's or beside them."""
+        switches = self.switches
+        period = sge_options(switches).log_period
         if period > 0 and comm.is_main_process() and sge_layers(self.model):
             # before the evaluation, which would count as well, and before the writers, which come last
             hooks.insert(0, GateWriter(self.model, period))
         if self._average is not None:
             hooks.insert(0, self._average)
-        hooks.insert(_place_of(IterationTimer, hooks) + 1, ImagesPerSecond(self.cfg.SOLVER.IMS_PER_BATCH))
+        hooks.insert(_place_of(IterationTimer, hooks) + 1, ImagesPerSecond(switches.SOLVER.IMS_PER_BATCH))
         place = _place_of(EvalHook, hooks)
-        hooks[place : place + 1] = [StopHook(), LoggedEvaluation(self.cfg.TEST.EVAL_PERIOD, self._evaluate)]
-        if watches_evaluations(self.cfg):
-            self._watch = EvaluationsHook(self.cfg, self.checkpointer)
+        hooks[place : place + 1] = [StopHook(), LoggedEvaluation(switches.TEST.EVAL_PERIOD, self._evaluate)]
+        if watches_evaluations(switches):
+            self._watch = EvaluationsHook(switches, self.checkpointer)
             hooks.insert(place + 2, self._watch)
         return hooks
 
@@ -466,24 +507,7 @@ def train(cfg: CfgNode, *, resume: bool = False) -> OrderedDict:
         _load_test_sets(cfg)
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=resume)
-        if trainer.start_iter >= trainer.max_iter:
-            logger.warning(
-                f"{cfg.OUTPUT_DIR} is already trained to iteration {trainer.start_iter}: raise SOLVER.MAX_ITER "
-                f"({trainer.max_iter}) to train on. Evaluating it."
-            )
-            results = trainer.finish()
-        else:
-            trainer.evaluate_if_cut_off()
-            if trainer.start_iter > 0 and is_settled(cfg, trainer.start_iter):
-                logger.warning(
-                    f"{cfg.OUTPUT_DIR} has ended early at iteration {trainer.start_iter}: raise "
-                    f"SOLVER.EARLY_STOPPING.PATIENCE ({cfg.SOLVER.EARLY_STOPPING.PATIENCE}) to train on. Evaluating it."
-                )
-                results = trainer.finish()
-            else:
-                with waiting():
-                    trainer.train()
-                results = trainer.last_results
+        results = trainer.run()
         if cfg.TEST.AUG.ENABLED:
             results.update(Trainer.test_with_TTA(cfg, trainer.evaluated_model))
     return results

@@ -17,11 +17,20 @@ from .build import examine_build
 from .data import examine_dataset
 from .finding import Finding, finding_of, tell
 from .run import examine_run
-from .settings import duplicate_keys, examine_settings, missing_weights, unregistered, wrong_groups
+from .settings import duplicate_keys, examine_settings, examine_switches, missing_weights, unregistered, wrong_groups
 from .values import unusable_values
 from .weights import examine_weights
 
-__all__ = ["Finding", "diagnose", "examine_batch", "examine_files", "examine_run", "examine_settings", "tell"]
+__all__ = [
+    "Finding",
+    "diagnose",
+    "examine_batch",
+    "examine_files",
+    "examine_run",
+    "examine_settings",
+    "examine_switches",
+    "tell",
+]
 
 
 def diagnose(

@@ -37,8 +37,7 @@ def examine_settings(
     options = sge_options(cfg)
     return [
         *duplicate_keys(config_file),
-        *_mixed_precision(cfg),
-        *([] if eval_only else [*_accumulation(cfg), *_averaging(cfg), *_evaluations(cfg), *_tracker(cfg)]),
+        *_switches(cfg, eval_only),
         *unregistered(cfg),
         *_backbone_without_sge(cfg, options),
         *wrong_groups(cfg, options),
@@ -46,6 +45,17 @@ def examine_settings(
         *missing_weights(cfg),
         *([] if eval_only or own_data else _learning_rate(cfg)),
     ]
+
+
+def examine_switches(cfg: CfgNode, *, eval_only: bool = False) -> list[Finding]:
+    """What is wrong with the trainer's own settings, whatever the model is."""
+    return unusable_values(cfg) or _switches(cfg, eval_only)
+
+
+def _switches(cfg: CfgNode, eval_only: bool) -> list[Finding]:
+    if eval_only:
+        return _mixed_precision(cfg)
+    return [*_mixed_precision(cfg), *_accumulation(cfg), *_averaging(cfg), *_evaluations(cfg), *_tracker(cfg)]
 
 
 def duplicate_keys(config_file: str) -> list[Finding]:
