@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -273,6 +273,32 @@ def write_file(path: Path, content: str | bytes) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Writes ``content`` as JSON, NaN as null; otherwise as :func:`write_file`."""
     write_file(path, json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, remedy: str, tables: Sequence[str] = ()) -> dict[str, Any]:
+    """Reads what :func:`write_json` wrote of a dict; others may have changed it since.
+
+    Args:
+        remedy: what to do where it cannot be read, the end of the sentence.
+        tables: entries that are dicts themselves where they are there.
+
+    Raises:
+        UserError: it cannot be read, or is no such dict.
+        FileNotFoundError: it is not there.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("it holds no dict")
+        wrong = next((name for name in tables if not isinstance(content.get(name, {}), dict)), None)
+        if wrong is not None:
+            raise ValueError(f"its {wrong} is no dict")
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or str(error)[:200]
+        raise UserError(f"{path} cannot be read ({reason}): {remedy}") from error
+    return content
 
 
 def _without_nan(content: Any) -> Any:

@@ -11,6 +11,12 @@ MICRO = [
     *("MODEL.RPN.POST_NMS_TOPK_TRAIN", "20", "MODEL.RPN.POST_NMS_TOPK_TEST", "20", "DATALOADER.NUM_WORKERS", "0"),
 ]
 
+# With MICRO, a ResNet-50 whose checkpoints have some kilobytes.
+NARROW = [
+    *("MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.RES2_OUT_CHANNELS", "8", "MODEL.RESNETS.STEM_OUT_CHANNELS", "4"),
+    *("MODEL.RESNETS.WIDTH_PER_GROUP", "4", "MODEL.SGE.GROUPS", "4"),
+]
+
 
 class Started:
     """A tool in a group of its own, its output in a file."""

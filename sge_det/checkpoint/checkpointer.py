@@ -196,7 +196,8 @@ class Checkpointer(DetectionCheckpointer):
         when = "" if iteration is None else f" after iteration {iteration}"
         raise UserError(
             f"{wrong.removeprefix('model/')} is no longer finite{when}: {path} is not written, and "
-            f"{self.last_good()}. Lower SOLVER.BASE_LR, or clip gradients with SOLVER.CLIP_GRADIENTS.ENABLED True"
+            f"{self.last_good()}. In a new run, lower SOLVER.BASE_LR, or clip gradients with "
+            "SOLVER.CLIP_GRADIENTS.ENABLED True"
         )
 
     def last_good(self) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from ..checkpoint.checkpointer import checkpoints
 from ..errors import UserError
 from ..files import cannot_write_output, make_output, remove_file, write_json
 from .evaluations import EVALUATIONS_FILE
-from .fingerprint import FINGERPRINT_FILE, Contents, differences, fingerprint
+from .fingerprint import FINGERPRINT_FILE, Contents, differences, fingerprint, read_fingerprint
 from .reporting import REPORT_FILE
 
 logger = logging.getLogger(__name__)
@@ -136,16 +135,11 @@ def remove_run(folder: Path) -> None:
 
 
 def _compare(folder: Path, made_from: dict, changeable: Callable[[str], bool]) -> None:
-    path = folder / FINGERPRINT_FILE
-    try:
-        found = json.loads(path.read_bytes())
-        if not isinstance(found.get("config"), dict):
-            raise ValueError("it has no config")
-    except FileNotFoundError:
+    found = read_fingerprint(folder, "remove it to go on without this check")
+    if found is None:
         logger.warning(f"{folder} has no {FINGERPRINT_FILE}: whether this config is the run's cannot be told")
         return
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): remove it to go on without this check") from error
+    found.setdefault("config", {})
     counted = [
         {**made, "config": {key: value for key, value in made["config"].items() if not changeable(key)}}
         for made in (found, made_from)

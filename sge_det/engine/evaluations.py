@@ -1,6 +1,5 @@
 """What the evaluations of a run found, the best checkpoint by it, and the end of runs that get no better."""
 
-import json
 import logging
 import math
 from pathlib import Path
@@ -12,7 +11,7 @@ from detectron2.utils import comm
 
 from ..checkpoint.checkpointer import Checkpointer, remove_checkpoint
 from ..errors import UserError
-from ..files import write_json
+from ..files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +44,16 @@ class Evaluations:
             UserError: the file holds something else.
         """
         self.values = {}
+        remedy = "remove it, and evaluations count anew"
         try:
-            content = json.loads(self.path.read_bytes())
-            self.values = {int(done): dict(found) for done, found in content.items() if int(done) <= last}
+            content = read_json(self.path, remedy)
+            self.values = {int(done): _numbers(found) for done, found in content.items() if int(done) <= last}
         except FileNotFoundError:
             return
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{self.path} cannot be read ({error}): remove it, and evaluations count anew") from error
+        except (ValueError, AttributeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{self.path} is not what a run records: {remedy}") from error
 
     def add(self, done: int, metrics: dict[str, float]) -> None:
         """Records an evaluation after ``done`` iterations."""
@@ -79,6 +81,12 @@ class Evaluations:
             if patience and waited >= patience:
                 return True
         return False
+
+
+def _numbers(metrics: dict) -> dict[str, float | None]:
+    if any(type(value) not in (int, float, type(None)) for value in metrics.values()):
+        raise ValueError("a metric is no number")
+    return metrics
 
 
 def watches_evaluations(cfg: CfgNode) -> bool:

@@ -15,9 +15,11 @@ from .. import __version__
 from ..config import sge_options
 from ..data.annotations import read_annotations
 from ..errors import UserError
+from ..files import read_json
 from ..layers.attention import is_own_class
 
 FINGERPRINT_FILE = "fingerprint.json"
+_PARTS = ("config", "start", "content", "version", "source")
 # They say where and how fast a run goes, not what comes out of it.
 _FREE_KEYS = (
     *("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD", "VIS_PERIOD"),
@@ -190,9 +192,24 @@ def _flat(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield prefix + key, repr(value)
 
 
+def read_fingerprint(folder: Path, remedy: str) -> dict | None:
+    """The fingerprint in the folder of a run; None where there is none.
+
+    Args:
+        remedy: what to do where it cannot be read, the end of the sentence.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return read_json(folder / FINGERPRINT_FILE, remedy, _PARTS)
+    except FileNotFoundError:
+        return None
+
+
 def differences(found: dict, wanted: dict) -> Iterator[str]:
     """Where the fingerprint ``found`` differs from ``wanted``, a phrase for each, what counts most first."""
-    for part in ("config", "start", "content", "version", "source"):
+    for part in _PARTS:
         there, here = found.get(part, {}), wanted.get(part, {})
         for key in [*here, *(key for key in there if key not in here)]:
             if there.get(key) != here.get(key):

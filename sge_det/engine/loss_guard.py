@@ -98,10 +98,10 @@ class LossGuard:
             )
             return
         # nothing has been learned at the first step
-        slower = "lower SOLVER.BASE_LR, " if iteration > 0 else ""
+        slower = "lower SOLVER.BASE_LR in a new run, " if iteration > 0 else ""
         before = f" after {self.passed_over} that were passed over" if self.passed_over else ""
         raise UserError(
             f"the loss is no longer finite at iteration {iteration}{before} ({' '.join(str(error).split())}): look at "
-            f"these images' annotations, {slower}or pass over such steps with SOLVER.SKIP_NONFINITE; "
-            f"{last()}"
+            f"these images' annotations, {slower}or pass over such steps with SOLVER.SKIP_NONFINITE "
+            f"{self.limit + 1} and --resume; {last()}"
         ) from error

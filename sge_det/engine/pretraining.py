@@ -28,11 +28,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import ToTensor
 from tqdm import tqdm
 
+from ..checkpoint.checksums import first_not_finite
 from ..checkpoint.safe_load import Unreadable, load_file
 from ..data.images import is_clipped
 from ..data.loader import leave_signals_to_parent, with_plain_errors
 from ..errors import Stopped, UserError
-from ..files import make_folder, remove_file, replacing, write_json
+from ..files import make_folder, read_json, remove_file, replacing, write_json
 from ..solver import scale_sge_lr
 from .claims import locked
 from .stopping import asked, waiting
@@ -247,13 +248,11 @@ def _made_from(run: Pretraining, world: int) -> dict[str, Any]:
 
 
 def _compare(folder: Path, made_from: dict[str, Any]) -> None:
-    path = folder / MADE_FROM
+    path, remedy = folder / MADE_FROM, "put a copy back, or give --overwrite in place of --resume to start anew"
     try:
-        before = json.loads(path.read_bytes())
-        if not isinstance(before, dict):
-            raise ValueError("it is no dict")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}), so whether this is the same run cannot be told") from error
+        before = read_json(path, remedy)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not there, so whether this is the same run cannot be told: {remedy}") from error
     for name, value in made_from.items():
         if name == "versions":
             if before.get(name) != value:
@@ -482,10 +481,7 @@ class _Session:
                 loss = F.cross_entropy(scores, labels, label_smoothing=run.smoothing)
         value = loss.item()
         if not math.isfinite(value):
-            raise UserError(
-                f"the loss is {value} at epoch {self.epoch + 1}, step {self.step + 1}: lower --lr {run.lr:g} or give a "
-                f"--warmup-epochs; {run.folder} has the last good checkpoint, if there was one"
-            )
+            raise UserError(f"the loss is {value} at epoch {self.epoch + 1}, step {self.step + 1}: {self._slower()}")
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         if run.clip_grad:
@@ -524,7 +520,7 @@ class _Session:
 
     def _finish(self) -> dict[str, Any]:
         if (self.run.folder / RESULT).exists():
-            return json.loads((self.run.folder / RESULT).read_bytes())
+            return _recorded(self.run.folder / RESULT)
         hits = self.evaluate(self.model) if self.hits is None else self.hits
         ema = None
         if self.ema is not None:
@@ -561,7 +557,25 @@ class _Session:
         comm.synchronize()
         return result
 
+    def _check_finite(self) -> None:
+        """In all processes, so that none waits for one that ends here."""
+        models = {"state_dict": self.model, **({"state_dict_ema": self.ema.module} if self.ema is not None else {})}
+        wrong = first_not_finite({name: model.state_dict() for name, model in models.items()})
+        if wrong is not None:
+            raise UserError(
+                f"{wrong.partition('/')[2]} is no longer finite after epoch {self.epoch + bool(self.step)}, so it is "
+                f"not saved: {self._slower()}"
+            )
+
+    def _slower(self) -> str:
+        run = self.run
+        return (
+            f"in a new run (--overwrite, or another --output) lower --lr {run.lr:g} or give a --warmup-epochs; "
+            f"{run.folder} has the last good checkpoint, if there was one"
+        )
+
     def _save(self) -> None:
+        self._check_finite()
         if comm.is_main_process():
             state = {
                 "state_dict": self.model.state_dict(),
@@ -595,7 +609,9 @@ class _Session:
             self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
         except (Unreadable, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{path} cannot be gone on from ({reason}): give --overwrite to start anew") from error
+            raise UserError(
+                f"{path} cannot be gone on from ({reason}): give --overwrite in place of --resume to start anew"
+            ) from error
         if comm.is_main_process():
             logger.info(f"going on at epoch {self.epoch + 1}, step {self.step + 1}")
 
@@ -697,6 +713,15 @@ def _asked_anywhere(device: torch.device) -> int:
         torch.distributed.all_reduce(together, torch.distributed.ReduceOp.MAX)
         signum = int(together)
     return signum
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    remedy = "remove it and give the same command with --resume, which records the run anew"
+    result = read_json(path, remedy)
+    found = [result, result["ema"]] if isinstance(result.get("ema"), dict) else [result]
+    if any(type(each.get(metric)) not in (int, float) for each in found for metric in ("top1", "top5")):
+        raise UserError(f"{path} is not what a run records: {remedy}")
+    return {"ema": None, **result}
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -170,8 +170,9 @@ def report_gain(
     for run in runs:
         extras.curves.setdefault(run.arm.name, {})[run.seed] = run.curves()
         result = run.result()
+        run.check_predictions(result)
         results[run.arm.name].append(result)
-        if result["gates"]:
+        if result.get("gates"):
             gates.setdefault(run.arm.name, {})[run.seed] = result["gates"]
         if result.get("pointing"):
             extras.pointing.setdefault(run.arm.name, {})[str(run.seed)] = result["pointing"]

@@ -68,7 +68,10 @@ def declared(folder: str | Path) -> dict | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError, UserError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        raise UserError(
+            f"{path} cannot be read ({str(error)[:200]}): put a copy back, or remove it, and the report says that "
+            "there were runs before the plan"
+        ) from error
 
 
 def declared_look(plan: dict, seeds: Sequence[int], comparisons: int) -> Look | None:

@@ -11,12 +11,16 @@ import torch
 from detectron2.config import CfgNode
 
 from ..checkpoint import transplant_file
-from ..engine.fingerprint import FINGERPRINT_FILE, differences
+from ..checkpoint.checksums import sha256
+from ..engine.fingerprint import differences, read_fingerprint
 from ..errors import UserError
+from ..files import read_json
 from .arms import Arm
 
 RESULT_FILE = "result.json"
 START_FILE = "start.pth"
+PREDICTIONS_FILE = "inference/coco_instances_results.json"
+_REMEDY = "remove it and run the same command again, which records the run anew"
 
 
 @dataclass
@@ -97,26 +101,52 @@ class Run:
     @property
     def predictions(self) -> Path:
         """The detections on the validation images, in COCO's result format."""
-        return self.folder / "inference" / "coco_instances_results.json"
+        return self.folder / PREDICTIONS_FILE
+
+    def check_predictions(self, result: dict) -> None:
+        """Checks that the detections are those that the run recorded; older runs did not record which.
+
+        Raises:
+            UserError: they are others, or gone.
+        """
+        recorded = result.get("predictions")
+        if recorded is not None and not (self.predictions.is_file() and sha256(self.predictions) == recorded):
+            raise UserError(
+                f"{self.predictions} does not hold the detections that {self.name} recorded: put them back, or remove "
+                f"{self.folder / RESULT_FILE} and run the same command again, which records the run anew"
+            )
 
     def result(self) -> dict:
-        """What the finished run recorded: ``{"schema", "seconds", "results", "gates", "pointing"}`` and its cost."""
-        return json.loads((self.folder / RESULT_FILE).read_text())
+        """What the finished run recorded: its cost and ``{"schema", "results", "predictions", "gates", "pointing"}``.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        path = self.folder / RESULT_FILE
+        result = read_json(path, _REMEDY, ("results", "gates", "pointing", "device_seconds"))
+        tasks = result.get("results")
+        if type(result.get("seconds")) not in (int, float) or not tasks:
+            raise UserError(f"{path} is not what a run records: {_REMEDY}")
+        if not all(isinstance(metrics, dict) for metrics in tasks.values()):
+            raise UserError(f"{path} is not what a run records: {_REMEDY}")
+        return result
 
     def curves(self) -> dict[str, list[tuple[int, float]]]:
         """What the run logged: by "total_loss", "bbox/AP", "segm/AP" (points), pairs of iteration and value."""
         found: dict[str, dict[int, float]] = {}
         try:
             lines = (self.folder / "metrics.json").read_text(errors="replace").splitlines()
-        except FileNotFoundError:
+        except OSError:  # no reason to lose the report
             lines = []
         for line in lines:
             try:
                 record = json.loads(line)
-            except ValueError:  # cut off when the run was killed
+                if type(record["iteration"]) is not int:
+                    continue
+            except (ValueError, KeyError, TypeError, RecursionError):  # cut off when the run was killed
                 continue
             for key in ("total_loss", "bbox/AP", "segm/AP"):
-                if key in record and math.isfinite(record[key]):
+                if type(record.get(key)) in (int, float) and math.isfinite(record[key]):
                     # iterations that were repeated after an interruption count once
                     found.setdefault(key, {})[min(record["iteration"] + 1, self.iterations)] = record[key]
         for task, metrics in self.result()["results"].items():
@@ -130,12 +160,9 @@ class Run:
         Raises:
             UserError: it cannot be read.
         """
-        try:
-            return json.loads((self.folder / FINGERPRINT_FILE).read_text())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.folder / FINGERPRINT_FILE} cannot be read: {error}") from error
+        return read_fingerprint(
+            self.folder, f"put a copy back, or remove the folder {self.folder} and give the same command again"
+        )
 
     def check(self, code: dict | None = None) -> None:
         """Checks that what lies in the folder was made by this very run.

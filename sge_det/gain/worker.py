@@ -19,6 +19,7 @@ from detectron2.utils import comm
 
 from ..analysis.pointing import pointing_game
 from ..checkpoint.checkpointer import Checkpointer
+from ..checkpoint.checksums import sha256
 from ..config import sge_options
 from ..data.loader import build_test_loader
 from ..engine.launching import launch
@@ -27,7 +28,7 @@ from ..errors import Resumable, UserError, user_errors
 from ..files import remove_file, write_json
 from ..modeling.gates import gate_statistics
 from . import cost
-from .run import RESULT_FILE
+from .run import PREDICTIONS_FILE, RESULT_FILE
 
 # Of a run that goes on once something is put right; as in sysexits.h.
 RESUMABLE_EXIT = os.EX_TEMPFAIL
@@ -51,7 +52,9 @@ def _train_and_record(args: argparse.Namespace) -> None:
     for checkpoint in folder.glob("model_[0-9]*.pth*"):
         remove_file(checkpoint)
     # the last file of a run, and what marks it as finished
-    record = {"schema": 1, **cost.end(folder), "results": results, **shown}
+    predictions = folder / PREDICTIONS_FILE
+    digest = sha256(predictions) if predictions.is_file() else None
+    record = {"schema": 1, **cost.end(folder), "results": results, "predictions": digest, **shown}
     write_json(folder / RESULT_FILE, record)
 
 

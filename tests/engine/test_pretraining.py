@@ -210,6 +210,79 @@ def test_a_folder_with_a_run_is_not_written_over(run):
     assert (run.folder / "model_final.pth").read_bytes() != before
 
 
+@pytest.fixture(scope="module")
+def trained(images, tmp_path_factory):
+    run = Pretraining(
+        str(images / "train"),
+        str(images / "val"),
+        str(tmp_path_factory.mktemp("trained") / "out"),
+        model="resnet18",
+        model_kwargs=SLIM,
+        stem_channels=16,
+        img_size=32,
+        epochs=1,
+        batch_size=36,
+        workers=0,
+        device="cpu",
+    )
+    return run, pretrain(run)
+
+
+DAMAGED = {
+    "result.json": ("[]", '{"top1": 1, "top5": 2, "ema": {"top1": "x"}}', "[" * 100_000, None),
+    "pretraining.json": ("", "gone"),
+    "model_final.pth": ("damaged",),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_what_is_damaged_is_told_and_what_is_advised_helps(trained, tmp_path, name):
+    before, result = trained
+    for number, content in enumerate(DAMAGED[name]):
+        folder = tmp_path / str(number)
+        shutil.copytree(before.folder, folder)
+        run, file = replace(before, output=str(folder)), folder / name
+        file.unlink()
+        if content is None:
+            file.mkdir()
+        elif content != "gone":
+            file.write_text(content)
+        if name == "model_final.pth":
+            (folder / "result.json").unlink()
+        with pytest.raises(UserError, match=name.replace(".", r"\.")) as told:
+            pretrain(run, resume=True)
+        if name == "result.json":
+            assert f"{file} " in str(told.value) and "remove it and give the same command with --resume" in str(
+                told.value
+            )
+            file.rmdir() if content is None else file.unlink()
+            again = pretrain(run, resume=True)
+        else:
+            assert "give --overwrite in place of --resume to start anew" in str(told.value)
+            again = pretrain(run, overwrite=True)
+        assert (again["top1"], again["top5"]) == (result["top1"], result["top5"])
+
+
+def test_weights_that_are_no_numbers_are_not_saved_and_a_slower_new_run_is(trained, tmp_path, monkeypatch):
+    run = replace(trained[0], output=str(tmp_path / "out"), epochs=2)
+    update = pretraining._Session._update
+
+    def explode(session, *given):
+        loss = update(session, *given)
+        if session.epoch == 1 and session.run.lr > 0.01:
+            next(session.model.parameters()).data[0] = float("nan")
+        return loss
+
+    monkeypatch.setattr(pretraining._Session, "_update", explode)
+    with pytest.raises(UserError, match=r"^conv1\.weight is no longer finite after epoch 2.*lower --lr 0\.1 ") as told:
+        pretrain(run)
+    assert "in a new run (--overwrite, or another --output)" in str(told.value)
+    good = torch.load(run.folder / "checkpoint.pth", weights_only=True)
+    assert good["epoch"] == 1 and all(value.isfinite().all() for value in good["state_dict"].values())
+    pretrain(replace(run, lr=0.001), overwrite=True)
+    assert all(value.isfinite().all() for value in final(run.folder)["state_dict"].values())
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -1,6 +1,9 @@
 """Runs that are chosen one by one, fail, or are added until the answer is in; no run here trains anything."""
 
+import hashlib
 import json
+import re
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +21,7 @@ from sge_det.gain import Looks, Matrix, Question, RunFailed, decide_gain, measur
 from sge_det.gain import api as api_module
 from sge_det.gain import matrix as matrix_module
 from sge_det.gain.inference import sequential_levels
-from sge_det.gain.plan import declare, departures
+from sge_det.gain.plan import declare, declared, departures
 
 CONFIG = "sample/faster_rcnn_SGE_R_50_FPN.yaml"
 
@@ -56,6 +59,7 @@ class Fake:
         self.run.predictions.parent.mkdir(parents=True, exist_ok=True)
         self.run.predictions.write_text(json.dumps(found))
         record = {"schema": 1, "seconds": 1.0, "results": {"bbox": {"AP": 1.0}}, "gates": {}, "pointing": {}}
+        record["predictions"] = hashlib.sha256(self.run.predictions.read_bytes()).hexdigest()
         (self.run.folder / "result.json").write_text(json.dumps(record))
 
     def stop(self):
@@ -376,3 +380,63 @@ def test_a_report_alone_is_of_the_seeds_that_were_declared(make, call_tool, samp
     again = json.loads((tmp_path / "out/report.json").read_text())
     assert (again["seeds"], again["departures"]) == ([0, 1, 2], [])
     assert again["look"] == first["look"]
+
+
+def _remove_what_is_named(told, file):
+    (named,) = re.findall(r"or remove the folder (\S+) and|or remove (/\S+) and|remove it\b", told)
+    what = Path(next((word for word in named if word), "") or file)
+    shutil.rmtree(what) if what.is_dir() else what.unlink()
+
+
+def test_what_others_damaged_is_told_and_what_is_advised_helps(make, monkeypatch):
+    monkeypatch.setattr(api_module, "_write", lambda *anything: None)
+    matrix = make([0])
+    before = measure_gain(matrix, bootstrap=0).report
+    run = matrix.run_of("sge", 0)
+    for file in (
+        run.folder / "result.json",
+        run.folder / FINGERPRINT_FILE,
+        run.predictions,
+        matrix.output / "plan.json",
+    ):
+        file.write_text("[]")
+        with pytest.raises(UserError, match=re.escape(str(file))) as told:
+            measure_gain(make([0]), bootstrap=0)
+        _remove_what_is_named(str(told.value), file)
+        report = measure_gain(make([0]), bootstrap=0).report
+        assert json.dumps(report["arms"]) == json.dumps(before["arms"])
+        assert ("there were runs already" in report["verdict"]) == (file.name == "plan.json")
+
+
+BAD_RESULTS = ("", "{}", '{"seconds": 1, "results": [1]}', '{"seconds": 1, "results": {"bbox": 3}}', "[" * 99999)
+
+
+def test_all_kinds_of_damage_are_told(make):
+    run = make([0]).run_of("sge", 0)
+    run.folder.mkdir(parents=True)
+    for name, contents, read in (
+        ("result.json", BAD_RESULTS, run.result),
+        (FINGERPRINT_FILE, ("", '{"config": 3}', "[" * 99999, "\xff"), run.check),
+        ("../../plan.json", ("", "{}", "[" * 99999), lambda: declared(run.folder / "../..")),
+    ):
+        for content in contents:
+            (run.folder / name).write_text(content, encoding="latin-1")
+            with pytest.raises(UserError, match=r"(cannot be read|is not what a run records).*remove"):
+                read()
+        (run.folder / name).unlink()
+    with pytest.raises(UserError, match=r"or remove \S*result\.json and run the same command again"):
+        run.check_predictions({"predictions": "0" * 64})
+    run.check_predictions({})
+
+
+def test_curves_that_others_damaged_are_left_out(make):
+    matrix = make([0])
+    matrix.execute()
+    run = matrix.run_of("sge", 0)
+    log = run.folder / "metrics.json"
+    lines = ['{"iteration": 4, "bbox/AP": 2.0}', "3", "[" * 99999, '{"bbox/AP": 7}', '{"iteration": "x", "bbox/AP": 1}']
+    log.write_text("\n".join([*lines, '{"iteration": 6, "bbox/AP": "high"}', '{"iteration": 9, "bbox/AP": NaN}', ""]))
+    assert run.curves() == {"bbox/AP": [(5, 2.0), (run.iterations, 1.0)]}
+    log.unlink()
+    log.mkdir()
+    assert run.curves() == {"bbox/AP": [(run.iterations, 1.0)]}
