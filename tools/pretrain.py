@@ -17,7 +17,8 @@ from sge_det.engine.launching import TIMEOUT_SECONDS, check_launch, find_place, 
 from sge_det.errors import UserError, user_errors
 
 try:
-    from sge_det.engine.pretraining import add_options, from_options, pretrain
+    from sge_det.engine.pretraining.loop import pretrain
+    from sge_det.engine.pretraining.options import add_options, from_options
 except UserError as error:  # without timm
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)

@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from ..engine.pretraining.options import PREDICTIONS, RESULT
 from ..errors import UserError
 from ..evaluation.bootstrap import image_weights
 from .input import equal_files, result_files
 from .measurement import Measurement, check_question, compared
 from .verdict import Question
 
-# As sge_det/engine/pretraining.py names them, which is not imported since it needs timm.
-PREDICTIONS, RESULT = "predictions.json", "result.json"
 TASK = "classification"
 METRICS = ("top1", "top5")
 TOP1 = Question(metric="top1")

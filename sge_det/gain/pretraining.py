@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..engine.launching import launch
-from ..engine.pretraining import Pretraining, add_options, from_options, pretrain
+from ..engine.pretraining.loop import pretrain
+from ..engine.pretraining.options import RESULT, Pretraining, add_options, from_options
 from ..errors import UserError
-from .classified import RESULT
 
 _SGE = "sge_"
 

@@ -18,8 +18,10 @@ from timm.data import create_dataset
 
 from sge_det import UserError
 from sge_det.checkpoint import convert_file
-from sge_det.engine import pretraining
-from sge_det.engine.pretraining import EpochSampler, Images, Pretraining, SeededImages, build_model, pretrain
+from sge_det.data.classified import EpochSampler, Images, SeededImages, load_sets
+from sge_det.engine.pretraining import loop
+from sge_det.engine.pretraining.loop import build_model, pretrain
+from sge_det.engine.pretraining.options import Pretraining
 from sge_det.errors import Stopped
 from sge_det.gain.classified import read_classified
 
@@ -74,13 +76,13 @@ def test_an_interrupted_run_ends_as_it_would_have_ended(run, tmp_path, monkeypat
     whole = pretrain(run)
     other = replace(run, output=str(tmp_path / "other"), workers=1)
     left = []
-    monkeypatch.setattr(pretraining, "asked", lambda: left.pop() if left else None)
+    monkeypatch.setattr(loop, "asked", lambda: left.pop() if left else None)
     for number, stop in enumerate(stops):
         left[:] = [signal.SIGTERM, *[None] * (stop - 1)]
         with pytest.raises(Stopped) as stopped:
             pretrain(other, resume=number > 0)
         assert stopped.value.exit_code == 143
-    monkeypatch.setattr(pretraining, "asked", lambda: None)
+    monkeypatch.setattr(loop, "asked", lambda: None)
     resumed = pretrain(other, resume=True)
     before, after = final(run.folder), final(other.folder)
     for weights in ("state_dict", "state_dict_ema"):
@@ -159,7 +161,7 @@ def test_the_recipe_is_the_papers(run, images):
     recipe = Pretraining("a", "b", "c")
     assert (recipe.epochs, recipe.batch_size, recipe.lr, recipe.weight_decay) == (100, 256, 0.1, 1e-4)
     paper = replace(run, sched="step", epochs=100, lr=0.1, warmup_epochs=0, batch_size=36, ema_decay=0.0)
-    session = pretraining._Session(paper)
+    session = loop._Session(paper)
     rates = []
     for epoch in (0, 29, 30, 59, 60, 89, 90, 99):
         session.scheduler.step_update(epoch * session.steps)
@@ -179,7 +181,7 @@ def test_every_image_is_seen_once_an_epoch_in_an_order_of_its_own():
 
 
 def test_augmentations_depend_on_seed_epoch_and_image(run):
-    data = pretraining._Session(run).train_set
+    data = loop._Session(run).train_set
     again = SeededImages(data.images, run.seed)
     other = SeededImages(data.images, run.seed + 1)
     assert torch.equal(data[0, 5][0], again[0, 5][0])
@@ -190,7 +192,7 @@ def test_augmentations_depend_on_seed_epoch_and_image(run):
 def test_a_tar_is_read_like_its_folder(run, images, tmp_path):
     with tarfile.open(tmp_path / "val.tar", "w") as archive:
         archive.add(images / "val", ".")
-    _, val, classes = pretraining._data(replace(run, val=str(tmp_path / "val.tar")))
+    _, val, classes = load_sets(run.train, str(tmp_path / "val.tar"), run.seed)
     folder = create_dataset("", root=str(images / "val"))
     assert classes == ["blue", "green", "red"]
     assert sorted(val[i][1] for i in range(15)) == sorted(folder[i][1] for i in range(15))
@@ -265,7 +267,7 @@ def test_what_is_damaged_is_told_and_what_is_advised_helps(trained, tmp_path, na
 
 def test_weights_that_are_no_numbers_are_not_saved_and_a_slower_new_run_is(trained, tmp_path, monkeypatch):
     run = replace(trained[0], output=str(tmp_path / "out"), epochs=2)
-    update = pretraining._Session._update
+    update = loop._Session._update
 
     def explode(session, *given):
         loss = update(session, *given)
@@ -273,7 +275,7 @@ def test_weights_that_are_no_numbers_are_not_saved_and_a_slower_new_run_is(train
             next(session.model.parameters()).data[0] = float("nan")
         return loss
 
-    monkeypatch.setattr(pretraining._Session, "_update", explode)
+    monkeypatch.setattr(loop._Session, "_update", explode)
     with pytest.raises(UserError, match=r"^conv1\.weight is no longer finite after epoch 2.*lower --lr 0\.1 ") as told:
         pretrain(run)
     assert "in a new run (--overwrite, or another --output)" in str(told.value)
@@ -348,24 +350,26 @@ import argparse, json, signal, sys
 from dataclasses import replace
 import torch
 from detectron2.utils import comm
-from sge_det.engine import launching, pretraining
+from sge_det.engine import launching
+from sge_det.engine.pretraining import loop
+from sge_det.engine.pretraining.options import Pretraining
 from sge_det.errors import Stopped
 
 def main(args):
     sessions = []
-    made = pretraining._Session.__init__
-    pretraining._Session.__init__ = lambda self, run: (sessions.append(self), made(self, run))[1]
-    run = pretraining.Pretraining(**json.loads(args.run))
-    whole = pretraining.pretrain(run)
+    made = loop._Session.__init__
+    loop._Session.__init__ = lambda self, run: (sessions.append(self), made(self, run))[1]
+    run = Pretraining(**json.loads(args.run))
+    whole = loop.pretrain(run)
     other, steps = replace(run, output=run.output + "_other"), iter((None, signal.SIGTERM))
-    pretraining.asked = lambda: next(steps) if comm.get_rank() == 1 else None
+    loop.asked = lambda: next(steps) if comm.get_rank() == 1 else None
     try:
-        pretraining.pretrain(other)
+        loop.pretrain(other)
         raise AssertionError("it was asked to stop")
     except Stopped:
-        pretraining.asked = lambda: None
+        loop.asked = lambda: None
     assert comm.all_gather(sessions[-1].step) == [2, 2]
-    again = pretraining.pretrain(other, resume=True)
+    again = loop.pretrain(other, resume=True)
     assert {**whole, "seconds": 0, "output": ""} == {**again, "seconds": 0, "output": ""}
     for session in (sessions[0], sessions[-1]):
         for model in (session.model, session.ema.module):

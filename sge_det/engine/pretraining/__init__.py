@@ -1,0 +1,1 @@
+"""Pretraining of (SGE-)ResNets on classified images."""
