@@ -21,9 +21,12 @@ from torch import nn
 
 from .checkpoint.checkpointer import Checkpointer
 from .checkpoint.checksums import sha256
+from .checkpoint.convert import build_meta_model
 from .checkpoint.safe_load import write_weights
 from .checkpoint.sources import Recipe
-from .config import load_config, sge_options
+from .config import compose_config, load_config, sge_options
+from .engine.doctor import tell
+from .engine.doctor.values import unusable_values
 from .errors import UserError
 from .files import make_folder, write_file, write_json
 from .markdown import escape
@@ -108,16 +111,11 @@ def from_pretrained(
     folder = Path(name_or_folder)
     if not folder.is_dir():
         folder = _download(str(name_or_folder), revision, token)
-    about = _about(folder)
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise UserError(_none_of_ours(folder, name))
-        expected = about["sha256"].get(name)
-        if expected != sha256(folder / name):
-            raise UserError(f"{folder / name} is not the file that {ABOUT} was written with: get it again")
+    about = _checked(folder)
     cfg = _read_config(folder / CONFIG)
     cfg.MODEL.DEVICE = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        _check_size(cfg, folder)
         model = build_model(cfg)
     except UserError:
         raise
@@ -146,12 +144,15 @@ def push_to_hub(
         message: of the commit.
 
     Raises:
-        UserError: the folder is none of ours, or the hub refuses.
+        UserError: the folder is none of ours, is damaged, holds links, or the hub refuses.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: write it with sge_det.save_pretrained")
-    _about(folder)
+    _checked(folder)
+    for file in (CONFIG, WEIGHTS, ABOUT, CARD):
+        if (folder / file).is_symlink():  # somebody else's folder would upload a file of this machine's
+            raise UserError(f"{folder / file} is a link: push_to_hub uploads files that save_pretrained wrote")
     hub = _hub()
     try:
         hub.create_repo(name, private=private, exist_ok=True, token=token)
@@ -192,6 +193,8 @@ def _hub() -> Any:
 
 def _about(folder: Path) -> dict[str, Any]:
     path = folder / ABOUT
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is a folder, a pipe or a device, so {folder} is no model of sge_det's")
     try:
         if path.stat().st_size > _LARGEST_ABOUT:
             raise ValueError("it is too long")
@@ -209,12 +212,34 @@ def _about(folder: Path) -> dict[str, Any]:
     return about
 
 
-def _none_of_ours(folder: Path, name: str) -> str:
-    return f"{folder} has no {name}, so it is no model of sge_det's: see sge_det.save_pretrained"
+def _checked(folder: Path) -> dict[str, Any]:
+    """What :data:`ABOUT` says, if the files are those that it was written with."""
+    about = _about(folder)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} has no {name}, so it is no model of sge_det's: see sge_det.save_pretrained")
+        if about["sha256"].get(name) != sha256(folder / name):
+            raise UserError(f"{folder / name} is not the file that {ABOUT} was written with: get it again")
+    return about
+
+
+def _check_size(cfg: CfgNode, folder: Path) -> None:
+    """Keeps a config from taking memory that its weights, which have every tensor of the model, do not fill."""
+    try:
+        state = build_meta_model(cfg).state_dict()
+    except Exception as error:
+        if re.search(r"\bmeta\b", str(error)):  # some models need numbers to be built
+            return
+        raise
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    there = (folder / WEIGHTS).stat().st_size
+    if size > there:
+        raise UserError(f"{folder / CONFIG} describes a model of {size} bytes, and {WEIGHTS} has {there}")
 
 
 def _read_config(path: Path) -> CfgNode:
     """The config of a stranger: one file, whose values name nothing that would be imported or read."""
+    compose_config(str(path))
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
@@ -230,7 +255,9 @@ def _read_config(path: Path) -> CfgNode:
     weights = _value(loaded, "MODEL", "WEIGHTS")
     if weights:
         raise UserError(f"{path} names other weights, MODEL.WEIGHTS {weights}: a model that travels has its own")
-    return load_config(str(path))
+    cfg = load_config(str(path))
+    tell(unusable_values(cfg))
+    return _travelling(cfg)
 
 
 def _value(node: Any, *names: str) -> Any:
@@ -240,10 +267,11 @@ def _value(node: Any, *names: str) -> Any:
 
 
 def _travelling(cfg: CfgNode) -> CfgNode:
-    """The config without what is of the machine that it was trained on."""
+    """The config without what is of the machine that it was trained on, or would be of another's that trains on."""
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = "", "./output"
+    cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, cfg.REPORT_TO = "", "./output", ""
+    cfg.DATASETS.PROPOSAL_FILES_TRAIN = cfg.DATASETS.PROPOSAL_FILES_TEST = ()
     return cfg
 
 

@@ -1,6 +1,9 @@
 """Models that travel: what is written is read again, and a stranger's folder runs nothing."""
 
 import json
+import os
+import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -87,12 +90,56 @@ def test_a_strangers_folder_runs_nothing(folder, tmp_path, monkeypatch):
         ("- 1\n", "config"),
         ("MODEL: {META_ARCHITECTURE: Nothing}\n", "builds no model here|Nothing"),
         (config.replace("DEPTH: 50", "DEPTH: 51"), "builds no model here|DEPTH"),
+        (re.sub(r"FC_DIM: \d+", "FC_DIM: 60000", config), r"describes a model of \d+ bytes"),
+        (re.sub(r"FC_DIM: \d+", "FC_DIM: 10000000000", config), r"FC_DIM: it is 10000000000"),
+        ("".join(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 9}1]\n" for n in range(9)).replace("*a-1, ", ""), "YAML"),
     ):
         (folder / "config.yaml").write_text(text)
         signed(folder)
         with pytest.raises(UserError, match=words):
             from_pretrained(folder, device="cpu")
     assert not (tmp_path / "ran").exists()
+
+
+def test_what_a_config_says_of_its_machine_is_left_out(folder):
+    config = (folder / "config.yaml").read_text()
+    config = config.replace("OUTPUT_DIR: ./output", "OUTPUT_DIR: /root/.ssh").replace(
+        "REPORT_TO: ''", "REPORT_TO: wandb"
+    )
+    config = config.replace("PROPOSAL_FILES_TRAIN: []", "PROPOSAL_FILES_TRAIN: [/tmp/evil.pkl]")
+    assert config.count("/root/.ssh") == config.count("wandb") == config.count("evil.pkl") == 1
+    (folder / "config.yaml").write_text(config)
+    signed(folder)
+    cfg = from_pretrained(folder, device="cpu").cfg
+    assert (cfg.OUTPUT_DIR, cfg.REPORT_TO, cfg.DATASETS.PROPOSAL_FILES_TRAIN) == ("./output", "", ())
+
+
+def test_weights_are_no_pickle_and_files_no_pipes(folder, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / "ran"), "w")
+
+    (folder / "model.safetensors").write_bytes(pickle.dumps({"model": Evil()}) + bytes(1 << 20))
+    signed(folder)
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        from_pretrained(folder, device="cpu")
+    assert not (tmp_path / "ran").exists()
+    for name, words in (("sge_det.json", "a pipe"), ("model.safetensors", "has no"), ("config.yaml", "has no")):
+        (folder / name).rename(tmp_path / name)
+        os.mkfifo(folder / name)
+        with pytest.raises(UserError, match=words):
+            from_pretrained(folder, device="cpu")
+        (folder / name).unlink()
+        (tmp_path / name).rename(folder / name)
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.yaml"])
+def test_a_link_is_not_uploaded(folder, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(hub, "_hub", lambda: pytest.fail("the hub is not asked"))
+    (folder / name).rename(tmp_path / "secret")
+    (folder / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match=f"{name} is a link"):
+        push_to_hub(folder, "me/model")
 
 
 def test_other_files_than_those_that_were_written_are_refused(folder):
