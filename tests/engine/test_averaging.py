@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import TINY
 from detectron2.engine import HookBase
-from started_tool import MICRO
+from started_tool import NARROW
 
 from sge_det.engine.training import Trainer, evaluate, setup_config
 from sge_det.errors import UserError
@@ -29,7 +29,7 @@ class Watch(HookBase):
 
 
 def config(folder, datasets, *overrides):
-    micro = [*TINY, *MICRO, "MODEL.SGE.GROUPS", "16", "OUTPUT_DIR", str(folder), *EMA]
+    micro = [*TINY, *NARROW, "OUTPUT_DIR", str(folder), *EMA]
     return setup_config(FASTER, [*micro, *overrides], datasets)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import TINY
 from detectron2.modeling.backbone import ResNet
-from started_tool import MICRO, NARROW
+from started_tool import NARROW
 
 from sge_det.engine.claims import claimed
 from sge_det.engine.loss_guard import LossGuard
@@ -17,8 +17,16 @@ from sge_det.errors import Resumable, UserError
 
 FASTER = "sample/faster_rcnn_SGE_R_50_FPN.yaml"
 SMALL = [
-    *(*NARROW, "SOLVER.CHECKPOINT_PERIOD", "1"),
-    *("SOLVER.MAX_ITER", "3", "SOLVER.EARLY_STOPPING.PATIENCE", "9", "TEST.EVAL_PERIOD", "1"),
+    *(
+        "SOLVER.MAX_ITER",
+        "3",
+        "SOLVER.CHECKPOINT_PERIOD",
+        "1",
+        "SOLVER.EARLY_STOPPING.PATIENCE",
+        "9",
+        "TEST.EVAL_PERIOD",
+        "1",
+    ),
 ]
 
 
@@ -47,7 +55,7 @@ class Command:
 
     def give(self, *overrides, folder=None, resume=False, overwrite=False):
         cfg = setup_config(
-            FASTER, [*TINY, *MICRO, *SMALL, "OUTPUT_DIR", str(folder or self.folder), *overrides], self.datasets
+            FASTER, [*TINY, *NARROW, *SMALL, "OUTPUT_DIR", str(folder or self.folder), *overrides], self.datasets
         )
         with claimed(cfg, resume=resume, overwrite=overwrite):
             train(cfg, resume=resume)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import TINY
-from started_tool import MICRO, NARROW
+from started_tool import NARROW
 
 from sge_det.engine.claims import claimed
 from sge_det.engine.evaluations import Evaluations
@@ -21,7 +21,7 @@ NAME = "backbone.bottom_up.res5.1.sge.bias"
 
 
 def config(folder, datasets, *overrides):
-    micro = [*TINY, *MICRO, *NARROW, "OUTPUT_DIR", str(folder), *WATCHED]
+    micro = [*TINY, *NARROW, "OUTPUT_DIR", str(folder), *WATCHED]
     return setup_config(FASTER, [*micro, *overrides], datasets)
 
 

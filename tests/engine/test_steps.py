@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import TINY
-from started_tool import MICRO
+from started_tool import NARROW
 
 from sge_det.engine.steps import cut
 from sge_det.engine.training import Trainer, setup_config
@@ -22,7 +22,7 @@ NOTHING_DRAWN = [
 
 
 def trained(folder, datasets, *overrides):
-    micro = [*TINY, *MICRO, "MODEL.SGE.GROUPS", "16", "OUTPUT_DIR", str(folder), *overrides]
+    micro = [*TINY, *NARROW, "OUTPUT_DIR", str(folder), *overrides]
     cfg = setup_config(FASTER, micro, datasets)
     cfg.DATASETS.TEST = ()
     trainer = Trainer(cfg)

@@ -11,7 +11,7 @@ import torch
 from conftest import TINY
 from detectron2.engine.launch import _find_free_port
 from detectron2.utils import comm
-from started_tool import MICRO
+from started_tool import NARROW
 
 from sge_det.engine.launching import launch
 from sge_det.engine.training import Trainer, argument_parser, evaluate, setup_config
@@ -24,8 +24,8 @@ def arguments(folder, datasets, *more):
     words += [word for triple in datasets for word in ("--dataset", *triple)]
     # the statistics of BN are those of each process by itself
     overrides = ["MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", "", "MODEL.ROI_BOX_HEAD.NORM", ""]
-    overrides += ["MODEL.SGE.GROUPS", "16", "SOLVER.MAX_ITER", "2", "OUTPUT_DIR", str(folder)]
-    return argument_parser().parse_args([*words, *more, *TINY, *MICRO, *overrides])
+    overrides += ["SOLVER.MAX_ITER", "2", "OUTPUT_DIR", str(folder)]
+    return argument_parser().parse_args([*words, *more, *TINY, *NARROW, *overrides])
 
 
 def run(args):
