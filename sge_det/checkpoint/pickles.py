@@ -36,6 +36,27 @@ class Refused(ValueError):
     """The name of something that a file wants called and that weights do not need."""
 
 
+# What training scripts keep beside their weights: settings, paths, dates, criteria, histories of losses.
+_BESIDE_WEIGHTS = (
+    *("pytorch_lightning.", "lightning.", "lightning_fabric.", "lightning_utilities.", "torchmetrics."),
+    *("omegaconf.", "mmengine.", "mmcv.", "addict.", "easydict.", "yacs.config.", "fvcore.common.config."),
+    *("detectron2.config.", "pathlib.", "datetime.", "typing.", "uuid.", "torch.optim.", "torch.nn.modules."),
+    *("functools.partial", "types.SimpleNamespace"),
+    *(f"builtins.{name}" for name in ("int", "long", "float", "str", "unicode", "bool", "object")),
+)
+
+
+@dataclass(eq=False)
+class Inert:
+    """What stands for a value that a file has beside its weights: nothing is called for it, and nothing is in it.
+
+    Attributes:
+        path: the name that the file has for it.
+    """
+
+    path: str
+
+
 class Stream:
     """A file that is never read beyond its end, whatever length it claims for its parts.
 
@@ -169,6 +190,13 @@ PLAIN: dict[str, Callable] = {
 }
 
 
+def _attribute(owner: Any, name: Any = "") -> Inert:
+    """Of what is inert alone: Python's own ``getattr`` is a door to everything."""
+    if not isinstance(owner, Inert):
+        raise Refused("builtins.getattr")
+    return Inert(f"{owner.path}.{name}"[:_LONGEST_NAME])
+
+
 def _check_key(key: Any) -> None:
     """Keys are hashed and compared in C, which overflows the stack for a deep one."""
     parts = key if type(key) is tuple and len(key) < 100 else (key,)
@@ -177,7 +205,7 @@ def _check_key(key: Any) -> None:
             continue
         if type(part) is str:
             check_name(part)
-        elif type(part) not in (bytes, bool, type(None)):
+        elif type(part) not in (bytes, bool, type(None), Inert):
             raise Damaged(f"a {type(part).__name__} is a key of a dict or in a set")
 
 
@@ -208,6 +236,7 @@ class Unpickler:
         builders: the functions that may be called, by the names that pickles have for them, besides ``PLAIN``.
         values: what other names stand for.
         persistent: gives what a persistent id (of a tensor's storage) stands for.
+        beside: whether what training scripts keep beside weights may be there, as :class:`Inert`.
     """
 
     def __init__(
@@ -216,9 +245,12 @@ class Unpickler:
         builders: dict[str, Callable],
         values: dict[str, Any] | None = None,
         persistent: Callable[[Any], Any] | None = None,
+        *,
+        beside: bool = False,
     ):
         self.stream = stream
-        self.builders = PLAIN | builders
+        self.builders = PLAIN | builders | ({"builtins.getattr": _attribute} if beside else {})
+        self.beside = beside
         self.values = values or {}
         self.persistent = persistent
         self.stack: list[Any] = []
@@ -246,6 +278,8 @@ class Unpickler:
 
     def call(self, function: Any, arguments: Any) -> Any:
         """What the pickle gets for calling a name."""
+        if isinstance(function, Inert):
+            return Inert(function.path)
         if not isinstance(function, Name) or not isinstance(arguments, tuple):
             raise Damaged("something is called that is no function")
         return function.build(*arguments)
@@ -259,6 +293,8 @@ class Unpickler:
         if key in self.values:
             return self.values[key]
         if key not in self.builders:
+            if self.beside and path.startswith(_BESIDE_WEIGHTS):
+                return Inert(_shown(path))
             raise Refused(_shown(path))
         return Name(key, self.builders[key])
 
@@ -283,6 +319,8 @@ class Unpickler:
                 value.places = target.places
         elif type(target) is OrderedDict:
             _set_versions(target, state)
+        elif type(target) is Inert:
+            pass
         elif type(target) is Namespace and type(state) is dict and all(type(key) is str for key in state):
             vars(target).update(state)
         else:
@@ -295,12 +333,16 @@ class Unpickler:
 
     def append(self, values: list[Any]) -> None:
         target = self.stack[-1]
+        if type(target) is Inert:
+            return
         if type(target) is not list:
             raise Damaged(f"a {type(target).__name__} is appended to")
         target.extend(values)
 
     def set_items(self, values: list[Any]) -> None:
         target = self.stack[-1]
+        if type(target) is Inert:
+            return
         if type(target) not in (dict, OrderedDict, Counter) or len(values) % 2:
             raise Damaged(f"a {type(target).__name__} gets items")
         for i in range(0, len(values), 2):
@@ -308,6 +350,8 @@ class Unpickler:
 
     def add_items(self, values: list[Any]) -> None:
         target = self.stack[-1]
+        if type(target) is Inert:
+            return
         if type(target) is not set:
             raise Damaged(f"a {type(target).__name__} gets members")
         for value in values:
@@ -437,7 +481,7 @@ def _reduce(machine: Unpickler) -> Any:
 
 
 def _reduce_with_keywords(machine: Unpickler) -> Any:
-    if machine.stack.pop():
+    if machine.stack.pop() and not (len(machine.stack) > 1 and isinstance(machine.stack[-2], Inert)):
         raise Damaged("something is called with keywords")
     return _reduce(machine)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import replacing
 from .checksums import KEY, Unreadable, check_file, check_tensors, checksums
-from .pickles import Damaged, Refused, Stream, check_name
+from .pickles import Damaged, Inert, Refused, Stream, check_name
 from .tensors import DTYPES, check_booleans, count, fits
 from .torch_files import ZIP_MAGIC, is_legacy, load_legacy, load_pickle, load_zip
 
@@ -26,11 +26,13 @@ _SAFETENSORS = {
 _LONGEST_HEADER = 100 << 20
 
 
-def load_file(path: str | Path) -> Any:
+def load_file(path: str | Path, *, beside: bool = False) -> Any:
     """Reads a weights file: safetensors, a torch file of either format, or a pickle of NumPy arrays.
 
     Args:
         path: its name decides between safetensors (``.safetensors``), pickle (``.pkl``) and torch (all others).
+        beside: whether torch's files may hold what training scripts keep beside weights, as
+            :class:`.pickles.Inert`.
 
     Returns:
         what it holds, tensors on the CPU. A safetensors file gives ``{"model": tensors}`` with the rest of what
@@ -43,12 +45,15 @@ def load_file(path: str | Path) -> Any:
     path = Path(path)
     size = _size(path)
     try:
-        check_file(path, lambda: _load(path, size, verify=False))
-        return _load(path, size)
+        check_file(path, lambda: _load(path, size, verify=False, beside=beside))
+        return _load(path, size, beside=beside)
     except Unreadable:
         raise
     except Refused as error:
-        raise Unreadable(f"{path} is refused: to read it would call {error}, and weights need no such thing") from error
+        raise Unreadable(
+            f"{path} is refused: to read it would call {error}, and weights need no such thing: save the dict of "
+            "weights alone, where it was written"
+        ) from error
     except MemoryError as error:
         raise Unreadable(f"the weights {path} cannot be read: there is too little memory for them") from error
     except OSError as error:
@@ -76,7 +81,7 @@ def _size(path: Path) -> int:
     return status.st_size
 
 
-def _load(path: Path, size: int, *, verify: bool = True) -> Any:
+def _load(path: Path, size: int, *, verify: bool = True, beside: bool = False) -> Any:
     with open(path, "rb") as file:
         if path.suffix == ".safetensors":
             content = _load_safetensors(Stream(file, size))
@@ -84,11 +89,11 @@ def _load(path: Path, size: int, *, verify: bool = True) -> Any:
             return content
         begin = file.read(len(ZIP_MAGIC))
         if begin == ZIP_MAGIC:
-            return load_zip(file, size, verify=verify)
+            return load_zip(file, size, verify=verify, beside=beside)
         file.seek(0)
         value, rest = load_pickle(file, size)
         if is_legacy(value):
-            return load_legacy(rest)
+            return load_legacy(rest, beside=beside)
         if path.suffix != ".pkl":
             raise Damaged("it is no file that torch.save wrote")
         return value
@@ -162,7 +167,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         Unreadable: as :func:`load_file`.
     """
-    content = load_file(path)
+    content = load_file(path, beside=True)
     if isinstance(content, dict):
         if Path(path).suffix == ".pkl" and not isinstance(content.get("model"), dict):
             content = {"model": content.get("blobs", content), "__author__": "Caffe2", "matching_heuristics": True}
@@ -172,12 +177,17 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             content = {"model": content}
     weights = content["model"] if isinstance(content, dict) else content
     if not isinstance(weights, dict):
-        kind = type(weights).__name__
+        kind = what_is(weights)
         raise Unreadable(f"the weights {path} cannot be read: they are a {kind}, not a dict of tensors")
     for key, kind in (("__author__", str), ("matching_heuristics", bool)):
         if not isinstance(content.get(key, kind()), kind):
             raise Unreadable(f"the weights {path} cannot be read: {key} in them is a {type(content[key]).__name__}")
     return content
+
+
+def what_is(value: Any) -> str:
+    """The kind of a value that was read, in a sentence on what it should be."""
+    return value.path if isinstance(value, Inert) else type(value).__name__
 
 
 def write_weights(path: str | Path, state: dict[str, Tensor], metadata: dict[str, Any], *, by_suffix: bool) -> None:

@@ -1,5 +1,6 @@
 """What a weights file is: its kind, told by its keys, and what its images must look like."""
 
+import contextlib
 import functools
 import re
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..layers.attention import is_sge_key
 from .checksums import sha256
-from .safe_load import load_checkpoint
+from .safe_load import load_checkpoint, what_is
 
 # What the keys tell, and how it is said.
 KINDS = {
@@ -221,8 +222,12 @@ def read_source(path: str, *, strict: bool = True, weights_of: str | None = None
     chosen, taken = _unwrap(checkpoint, path, weights_of)
     state = as_tensors(chosen, path)
     try:
-        kind = identify(state, path)
+        kind, part = _identify_part(state, path)
         kind = _mmdet_kind(kind, checkpoint)
+        if len(part) < len(state):
+            left = next(key for key in state if not key.endswith(tuple(part)))
+            taken = "; ".join(filter(None, (taken, f"left out what is no part of the network ({left:.60}, ...)")))
+            state = part
     except UserError:
         if strict:
             raise
@@ -236,6 +241,18 @@ def read_source(path: str, *, strict: bool = True, weights_of: str | None = None
         bool(_metadata(checkpoint).get("transplanted")),
         taken,
     )
+
+
+def _identify_part(state: dict[str, Tensor], path: str) -> tuple[str, dict[str, Tensor]]:
+    """:func:`identify`, also of what stands below one prefix, beside a criterion or metrics as Lightning keeps them."""
+    try:
+        return identify(state, path), state
+    except UserError:
+        for prefix in _PREFIXES:
+            part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            with contextlib.suppress(UserError):
+                return identify(part, path), part
+        raise
 
 
 def _metadata(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -345,10 +362,10 @@ def as_tensors(state: Mapping[str, Any], path: str) -> dict[str, Tensor]:
     tensors = {}
     for key, value in state.items():
         if not isinstance(key, str):
-            raise UserError(f"{path}: the entry {key!r} has no name, as it is a {type(key).__name__}")
+            raise UserError(f"{path}: the entry {key!r:.100} has no name, as it is a {type(key).__name__}")
         # a list could stand for any number of numbers, as lists in it may repeat each other
         if not isinstance(value, Tensor | np.ndarray | np.generic | int | float):
-            raise UserError(f"{path}: the entry {key!r} is a {type(value).__name__}, not a tensor")
+            raise UserError(f"{path}: the entry {key!r} is a {what_is(value)}, not a tensor")
         try:
             tensors[key] = torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError) as error:

@@ -6,7 +6,7 @@ import zlib
 from collections import Counter
 from typing import Any, BinaryIO
 
-from .pickles import Damaged, Stream, Unpickler
+from .pickles import Damaged, Inert, Stream, Unpickler
 from .tensors import ARRAYS, TENSORS, TORCH_VALUES, Storages
 
 ZIP_MAGIC = b"PK\x03\x04"
@@ -51,13 +51,14 @@ class _Archive:
             raise Damaged(f"the checksum of {name[:60]!a} in it is another")
 
 
-def load_zip(file: BinaryIO, size: int, *, verify: bool = True) -> Any:
+def load_zip(file: BinaryIO, size: int, *, verify: bool = True, beside: bool = False) -> Any:
     """Reads a file that ``torch.save`` has written since version 1.6.
 
     Args:
         file: the file.
         size: its number of bytes.
         verify: compare each part of it with its checksum.
+        beside: as in :class:`.pickles.Unpickler`.
 
     Raises:
         Damaged, Refused: as :class:`.pickles.Unpickler`; what does not match its checksum is damaged.
@@ -86,7 +87,8 @@ def load_zip(file: BinaryIO, size: int, *, verify: bool = True) -> Any:
         return found
 
     program = archive.read(f"{root}data.pkl")
-    value = Unpickler(Stream(io.BytesIO(program), len(program)), _BUILDERS, TORCH_VALUES, storage).load()
+    stream = Stream(io.BytesIO(program), len(program))
+    value = Unpickler(stream, _BUILDERS, TORCH_VALUES, storage, beside=beside).load()
     storages.check()
     return value
 
@@ -113,8 +115,12 @@ def _root(members: dict[str, zipfile.ZipInfo]) -> str:
     return roots[0]
 
 
-def load_legacy(stream: Stream) -> Any:
+def load_legacy(stream: Stream, *, beside: bool = False) -> Any:
     """Reads a file that ``torch.save`` wrote before version 1.6, behind its first pickle, :data:`_LEGACY_MAGIC`.
+
+    Args:
+        stream: the file from there on.
+        beside: as in :class:`.pickles.Unpickler`.
 
     Raises:
         Damaged, Refused: as :class:`.pickles.Unpickler`.
@@ -128,6 +134,9 @@ def load_legacy(stream: Stream) -> Any:
     storages = Storages(stream.left)
 
     def storage(reference: Any) -> Any:
+        # a class of a module, with its source
+        if isinstance(reference, tuple) and len(reference) == 4 and isinstance(reference[1], Inert):
+            return reference[1]
         if not isinstance(reference, tuple) or len(reference) != 6 or reference[0] not in ("storage", b"storage"):
             raise Damaged("a storage in it has no kind and size")
         _, kind, key, _, elements, view = reference
@@ -135,7 +144,7 @@ def load_legacy(stream: Stream) -> Any:
             raise Damaged("a storage in it is a part of another, as nobody has written them since 2017")
         return storages.add(key, kind, elements)[0]
 
-    value = Unpickler(stream, _BUILDERS, TORCH_VALUES, storage).load()
+    value = Unpickler(stream, _BUILDERS, TORCH_VALUES, storage, beside=beside).load()
     keys = Unpickler(stream, {}).load()
     if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages.kinds):
         raise Damaged("its storages are not those that its tensors are in")

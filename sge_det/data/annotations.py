@@ -102,15 +102,28 @@ def read_annotations(json_file: str | os.PathLike[str]) -> Annotations:
 def _read(path: str, time: int, size: int) -> Annotations:
     """``time`` and ``size`` tell states of the file apart."""
     data, notes = _bytes(path, size)
+    repeats: list[tuple[dict, list[str]]] = []
     try:
         encoding = json.detect_encoding(data)
         if not encoding.startswith("utf-8"):
             notes.append(f"it was written in {encoding.upper()}")
-        whole = json.loads(data)
+        whole = json.loads(data, object_pairs_hook=functools.partial(_last_of_each, repeats))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON{_what_else(data)}: {str(error)[:200]}") from error
     del data
-    return _Reader(path, whole, notes).annotations()
+    reader = _Reader(path, whole, notes)
+    reader.look_at_repeats(repeats)
+    return reader.annotations()
+
+
+def _last_of_each(repeats: list[tuple[dict, list[str]]], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, noted in ``repeats`` with the names that stand in it twice, with other values."""
+    entry = dict(pairs)
+    if len(entry) < len(pairs):
+        # NaN is another than itself
+        others = {name for name, value in pairs if value is not entry[name] and value != entry[name]}
+        repeats.append((entry, sorted(others)))
+    return entry
 
 
 def _bytes(path: str, size: int) -> tuple[bytes, list[str]]:
@@ -184,6 +197,14 @@ def _other_format(whole: Any) -> str:
 _KINDS = {"segments_info": "COCO's panoptic format", "neg_category_ids": "LVIS's format"}
 
 
+# What is read, of each list.
+_READ = {
+    "images": ("id", "file_name", "height", "width"),
+    "categories": ("id", "name", "keypoints"),
+    "annotations": ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "ignore", "segmentation", "keypoints"),
+}
+
+
 class _Reader:
     """One pass over what a file holds; entries that need an adjustment are changed in ``whole`` as well."""
 
@@ -192,6 +213,33 @@ class _Reader:
         self.is_adjusted = bool(notes)
         self.adjusted: Counter[str] = Counter()
         self.told: dict[str, list[Any]] = {}
+
+    def look_at_repeats(self, repeats: Sequence[tuple[dict, Sequence[str]]]) -> None:
+        """Refuses objects in which a name that counts stands twice with other values: reading takes the last alone.
+
+        Args:
+            repeats: of the file, as :func:`_last_of_each` notes them.
+        """
+        if not repeats:
+            return
+        found = {id(entry): names for entry, names in repeats}
+        counting = [("it", self.whole, tuple(_READ))]
+        for key, fields in _READ.items():
+            entries = self.whole.get(key) if isinstance(self.whole, dict) else None
+            for place, entry in enumerate(entries if isinstance(entries, list) else ()):
+                if isinstance(entry, dict):
+                    counting.append((f"entry {place} of {key}", entry, fields))
+                    counting.append(
+                        (f"the mask of entry {place} of {key}", entry.get("segmentation"), ("size", "counts"))
+                    )
+        for where, entry, fields in counting:
+            twice = [name for name in found.get(id(entry), ()) if name in fields]
+            if twice:
+                raise UserError(
+                    f"{self.path}: {where} has {twice[0]!r} twice, with other values, of which reading takes the last: "
+                    "leave one of them"
+                )
+        self.notes.append(f"names stand twice in {len(repeats)} of its JSON objects, and the last was taken")
 
     def annotations(self) -> Annotations:
         whole, has_annotations = self.whole, True
@@ -258,8 +306,9 @@ class _Reader:
             self.adjusted["annotations were numbered, as their ids are texts"] = texts
 
     def _look_at_files(self, images: list[dict]) -> None:
-        names = Counter(image["file_name"] for image in images)
-        twice = [image["id"] for image in images if names[image["file_name"]] > 1]
+        files = [os.path.normpath(image["file_name"]) for image in images]
+        names = Counter(files)
+        twice = [image["id"] for image, file in zip(images, files, strict=True) if names[file] > 1]
         if twice:
             self.told["images share their file with another, whose objects they lack: merge them"] = twice
 

@@ -1,15 +1,27 @@
 """What training scripts put around weights, which of two sets is taken, and tensors that no model can use."""
 
+import copyreg
+import datetime
+import functools
+import io
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
 from foreign_weights import detector, mmdet_state
+from omegaconf import OmegaConf
 from reference_models import torchvision_resnet
 
 from sge_det import UserError
 from sge_det.checkpoint import convert_file, read_source
 from sge_det.checkpoint.checkpointer import Checkpointer
 from sge_det.checkpoint.checksums import unusable
+from sge_det.checkpoint.pickles import Refused, Stream, Unpickler
+from sge_det.checkpoint.safe_load import load_file
 from sge_det.engine.doctor import diagnose
 
 
@@ -51,6 +63,67 @@ AVERAGES = {
     "teacher. before names": lambda r, e: {"state_dict": {**under("student.", r), **under("teacher.", e)}},
     "ema. beside model.": lambda r, e: {"state_dict": {**under("model.", r), **under("ema.", e)}},
 }
+
+
+def stranger(monkeypatch, path, content, keywords=None):
+    """A dict of a class that is not here, which pickles make by calling it."""
+    module, _, name = path.rpartition(".")
+    kind = type(name, (dict,), {"__module__": module})
+    if keywords:
+        kind.__reduce_ex__ = lambda self, _: (copyreg.__newobj_ex__, (kind, (), keywords), dict(self))
+    for end in [place for place, letter in enumerate(f"{module}.") if letter == "."]:
+        monkeypatch.setitem(sys.modules, module[:end], types.ModuleType(module[:end]))
+    setattr(sys.modules[module], name, kind)
+    return kind(content)
+
+
+# What Lightning, mmengine and scripts with OmegaConf keep beside the weights.
+BESIDE = {
+    "path": lambda _: Path("data"),
+    "date": lambda _: datetime.datetime(2020, 1, 1),
+    "criterion": lambda _: torch.nn.CrossEntropyLoss(torch.ones(3)),
+    "optimizer to be": lambda _: functools.partial(torch.optim.SGD, lr=0.1),
+    "OmegaConf": lambda _: OmegaConf.create({"a": {"b": [1]}}),
+    "Lightning": lambda patch: stranger(patch, "lightning.fabric.utilities.data.AttributeDict", {"lr": 1}),
+    "mmengine": lambda patch: stranger(patch, "mmengine.logging.HistoryBuffer", {"log": np.ones(3)}, {"a": 1}),
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("kind", BESIDE)
+def test_what_scripts_keep_beside_weights_is_passed_over(tmp_path, two, monkeypatch, kind, legacy):
+    with monkeypatch.context() as patch:
+        value = BESIDE[kind](patch)
+        file = {"epoch": 1, "hyper_parameters": {"it": [value]}, "loops": {"fit_loop": {"state": {}}}}
+        # by their classes, as Lightning had them up to 1.5
+        file |= {"callbacks": {type(value): {"best": 1}}, "pytorch-lightning_version": "2.6", "optimizer_states": []}
+        protocol = {"pickle_protocol": 4 if kind == "mmengine" else 2}  # the older knows no calls with keywords
+        weights = {"state_dict": under("model.", two[0]) | {"criterion.weight": torch.ones(3)}}
+        torch.save(weights | file, tmp_path / "w.ckpt", _use_new_zipfile_serialization=not legacy, **protocol)
+        torch.save({"state_dict": two[0] | {"conv1.weight": value}}, tmp_path / "odd.ckpt", **protocol)
+        torch.save(value, tmp_path / "alone.ckpt", **protocol)
+    source = read_source(str(tmp_path / "w.ckpt"))
+    assert source.kind == "plain-resnet"
+    assert source.taken == "left out what is no part of the network (criterion.weight, ...)"
+    assert_same(source.state, two[0])
+    name = type(value).__name__
+    with pytest.raises(UserError, match=rf"the entry 'conv1.weight' is a .*{name}, not a tensor"):
+        read_source(str(tmp_path / "odd.ckpt"))
+    with pytest.raises(UserError, match=rf"they are a .*{name}, not a dict of tensors"):
+        read_source(str(tmp_path / "alone.ckpt"))
+    # no run goes on from such a file
+    with pytest.raises(UserError, match=r"to read it would call .*: save the dict of weights alone"):
+        load_file(tmp_path / "w.ckpt")
+    assert not {"lightning", "mmengine"} & set(sys.modules)
+
+
+def test_what_is_nobodys_is_refused_by_its_name(tmp_path, two):
+    for path in ("my_project.config.Config", "builtins.getattr", "pathlibber.Path"):
+        module, _, name = path.rpartition(".")
+        program = f"c{module}\n{name}\n(Vx\nVy\ntR.".encode()
+        machine = Unpickler(Stream(io.BytesIO(program), len(program)), {}, beside=True)
+        with pytest.raises(Refused, match=path):
+            machine.load()
 
 
 def assert_same(found, expected):

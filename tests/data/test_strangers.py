@@ -1,5 +1,7 @@
 """What strangers bring for annotations and images: taken in as Detectron2 would, or refused by what it is."""
 
+import copy
+import functools
 import io
 import json
 import os
@@ -107,6 +109,50 @@ def test_images_that_share_a_file_are_told(tmp_path):
     content = coco()
     content["images"].append(content["images"][0] | {"id": 2})
     assert any("share their file" in warning and "ids 1, 2" in warning for warning in read(tmp_path, content).warnings)
+
+
+def test_a_file_by_two_names_is_told(tmp_path):
+    content = coco()
+    content["images"].append(content["images"][0] | {"id": 2, "file_name": f"./{content['images'][0]['file_name']}"})
+    assert any("share their file" in warning for warning in read(tmp_path, content).warnings)
+
+
+def twice(content, part, name, value):
+    """The JSON of ``content``, in whose part of a name stands a second one of that name, before the one there is."""
+    owner = functools.reduce(lambda node, key: node[key], part, content)
+    marked = {"?": 0, **owner}
+    if part:
+        functools.reduce(lambda node, key: node[key], part[:-1], content)[part[-1]] = marked
+    else:
+        content = marked
+    return json.dumps(content).replace('"?": 0', f"{json.dumps(name)}: {json.dumps(value)}")
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "where"),
+    [
+        ((), "annotations", [], "it"),
+        ((), "images", [{"id": 7}], "it"),
+        (("images", 0), "file_name", "b.jpg", "entry 0 of images"),
+        (("categories", 0), "id", 9, "entry 0 of categories"),
+        (("annotations", 0), "bbox", [0, 0, 1, 1], "entry 0 of annotations"),
+        (("annotations", 0, "segmentation"), "counts", "0", "the mask of entry 0 of annotations"),
+    ],
+)
+def test_names_that_stand_twice_are_refused_where_they_count(tmp_path, part, name, value, where):
+    content = coco()
+    image = content["images"][0]
+    pixels = image["height"] * image["width"]
+    content["annotations"][0]["segmentation"] = {"size": [image["height"], image["width"]], "counts": [0, pixels]}
+    (tmp_path / "a.json").write_text(twice(copy.deepcopy(content), part, name, value))
+    with pytest.raises(UserError, match=f"a.json: {where} has '{name}' twice, with other values"):
+        read_annotations(tmp_path / "a.json")
+    # the same twice is no harm, nor is what nobody reads
+    own = functools.reduce(lambda node, key: node[key], part, content)[name]
+    (tmp_path / "b.json").write_text(twice(copy.deepcopy(content), part, name, own))
+    (tmp_path / "c.json").write_text(twice(content | {"info": {"year": 2020}}, ("info",), "year", 2021))
+    for file in ("b.json", "c.json"):
+        assert "names stand twice in 1 of its JSON objects" in read_annotations(tmp_path / file).notes[0]
 
 
 MISSING = {

@@ -120,8 +120,11 @@ def _expire(signum, frame):
     raise TimeoutError(f"more than {SECONDS} seconds")
 
 
-def run(cases: int, *, keys: list[str] | None = None, seed: int = 0) -> tuple[Counter, list[str]]:
-    """The tally of ``cases`` cases, as many of each key as of any other, and a line for each that went wrong."""
+def run(cases: int, *, keys: list[str] | None = None, seed: int = 0, first: int = 0) -> tuple[Counter, list[str]]:
+    """The tally of ``cases`` cases, as many of each key as of any other, and a line for each that went wrong.
+
+    Those before ``first`` are passed over, so that a run can be cut into pieces.
+    """
     draw = random.Random(seed)
     defaults = default_values()
     keys = sorted(keys or defaults)
@@ -139,6 +142,8 @@ def run(cases: int, *, keys: list[str] | None = None, seed: int = 0) -> tuple[Co
             for number in range(cases):
                 key = keys[number % len(keys)]
                 value = value_for(defaults[key], draw)
+                if number < first:
+                    continue
                 signal.alarm(SECONDS)
                 try:
                     case(folder, datasets, key, value, tally)
@@ -155,10 +160,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, metavar="N", help="pass over the N cases before")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    tally, wrong = run(args.cases, seed=args.seed)
+    tally, wrong = run(args.cases, seed=args.seed, first=args.first)
     print("\n".join(wrong))
     print(
         f"{sum(tally.values()) + len(wrong)} cases:",
