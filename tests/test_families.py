@@ -12,12 +12,15 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.data.datasets.cityscapes import load_cityscapes_instances
 from detectron2.data.datasets.lvis import load_lvis_json
+from detectron2.data.datasets.pascal_voc import register_pascal_voc
 from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.structures import Boxes, Instances
 from PIL import Image
 from test_config import FAMILIES
 
 import sge_det
 from sge_det.engine.training import setup_config, train
+from sge_det.evaluation.coco import build_evaluator
 
 # the layers with SGE, of the blocks of a ResNet
 LAYERS = {"C4": 16, "X_101": 33}
@@ -205,6 +208,67 @@ def test_cityscapes_trains_and_evaluates(register, tmp_path):
     assert set(results["segm"]) == {"AP", "AP50"}
 
 
+def test_cityscapes_labels_have_the_metrics_that_were_computed_by_hand(register, tmp_path):
+    """The persons are taken for cars: 2 of 3 classes are found, one of them with the persons' pixels too."""
+    images, truth = make_cityscapes(tmp_path / "cityscapes")
+    facts = {"image_dir": str(images), "gt_dir": str(truth), "stuff_classes": ["a"], "ignore_label": 255}
+    name = register("tiny_labels", list, evaluator_type="cityscapes_sem_seg", **facts)
+    cfg = sge_det.get_config("sample/faster_rcnn_SGE_R_50_FPN.yaml", ["DATASETS.TEST", f"('{name}',)"])
+    evaluator = build_evaluator(cfg, name)
+    evaluator.reset()
+    scores = torch.zeros(19, 64, 128)
+    scores[0] = 1
+    scores[13, 10:50, 10:60] = scores[13, 20:60, 80:110] = 2
+    for image in sorted((images / "town").iterdir()):
+        evaluator.process([{"file_name": str(image)}], [{"sem_seg": scores}])
+    cars, persons = 40 * 50, 40 * 30
+    assert evaluator.evaluate()["sem_seg"]["IoU"] == pytest.approx(100 * (1 + cars / (cars + persons) + 0) / 3)
+
+
+def make_voc(folder):
+    """Three images in Pascal VOC's layout, each with a dog and the second with a difficult cat.
+
+    As labelling tools export it: without a pose or whether it is truncated, which VOC's own files have.
+    """
+    for part in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (folder / part).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    thing = (
+        "<object><name>{}</name><difficult>{}</difficult><bndbox><xmin>11.0</xmin><ymin>21</ymin><xmax>50</xmax>"
+        "<ymax>60</ymax></bndbox></object>"
+    )
+    for number in range(3):
+        Image.fromarray(rng.integers(0, 255, (64, 80, 3), dtype=np.uint8)).save(folder / f"JPEGImages/{number}.jpg")
+        things = thing.format("dog", 0) + (thing.format("cat", 1) if number == 1 else "")
+        size = "<size><width>80</width><height>64</height><depth>3</depth></size>"
+        (folder / f"Annotations/{number}.xml").write_text(f"<annotation>{size}{things}</annotation>")
+    (folder / "ImageSets/Main/val.txt").write_text("0\n1\n2\n")
+
+
+def test_pascal_voc_trains_and_evaluates(tmp_path):
+    make_voc(tmp_path / "voc")
+    register_pascal_voc("tiny_voc", str(tmp_path / "voc"), "val", 2012, ["dog", "cat"])
+    try:
+        MetadataCatalog.get("tiny_voc").evaluator_type = "pascal_voc"
+        keys = {"MODEL.ROI_HEADS.NUM_CLASSES": "2", **on("tiny_voc")}
+        cfg = configure("sample/faster_rcnn_SGE_R_50_FPN.yaml", tmp_path / "run", **keys)
+        assert set(train(cfg)["bbox"]) == {"AP", "AP50", "AP75"}
+        evaluator = build_evaluator(cfg, "tiny_voc")
+        evaluator.reset()
+        # two of three dogs, with a score above and one below that of a box where none is: recall 1/3 at a precision of
+        # 1, 2/3 at 2/3; the cat is difficult, and its class has nothing to find
+        for number, (x, score) in enumerate([(10.0, 0.9), (40.0, 0.8), (10.0, 0.7)]):
+            found = Instances((64, 80), pred_boxes=Boxes(torch.tensor([[x, 20.0, x + 40, 60.0]])))
+            found.scores, found.pred_classes = torch.tensor([score]), torch.tensor([0])
+            evaluator.process([{"image_id": str(number)}], [{"instances": found}])
+        results = evaluator.evaluate()["bbox"]
+    finally:
+        DatasetCatalog.remove("tiny_voc")
+        MetadataCatalog.remove("tiny_voc")
+    dogs = 100 * (1 / 3 + 1 / 3 * 2 / 3)
+    assert results == pytest.approx({"AP": dogs / 2, "AP50": dogs / 2, "AP75": dogs / 2})
+
+
 def test_panoptic_fpn_trains_and_evaluates(register, sample, tmp_path):
     register_coco_instances("tiny_things", {}, str(sample / "annotations/instances_train.json"), str(sample / "train"))
     try:
@@ -247,13 +311,24 @@ def test_deeplab_trains_and_evaluates(register, tmp_path):
     assert 0 <= results["sem_seg"]["mIoU"] <= 100
 
 
-def test_a_missing_package_is_told_before_training(register, sample_datasets, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "package", "command"),
+    [
+        ("lvis", "lvis", "pip install lvis"),
+        ("cityscapes_sem_seg", "cityscapesscripts", "pip install cityscapesscripts"),
+        ("coco_panoptic_seg", "panopticapi", r"pip install git\+https://github.com/cocodataset/panopticapi"),
+    ],
+)
+def test_a_missing_package_is_told_before_training(register, tmp_path, monkeypatch, kind, package, command):
     import importlib.util
 
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "lvis" else found(name, *rest))
-    name = register("tiny_lvis", list, evaluator_type="lvis")
-    with pytest.raises(
-        sge_det.UserError, match="tiny_lvis is evaluated as lvis, for which the package lvis is missing"
-    ):
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == package else found(name, *rest)
+    )
+    name = register("tiny_set", list, evaluator_type=kind)
+    message = (
+        rf"tiny_set is evaluated as {kind}, for which the package {package} is missing: {command}, or set DATASETS"
+    )
+    with pytest.raises(sge_det.UserError, match=message):
         configure("sample/faster_rcnn_SGE_R_50_FPN.yaml", tmp_path, **on(name))

@@ -1,6 +1,8 @@
 """COCO metrics of boxes and masks, by hotcoco: pycocotools' numbers, in a fraction of its time."""
 
 import contextlib
+import functools
+import importlib
 import importlib.util
 import itertools
 import json
@@ -9,6 +11,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from xml.etree import ElementTree
 
 import hotcoco
 import numpy as np
@@ -42,6 +45,8 @@ _PACKAGES = {
     "cityscapes_sem_seg": "cityscapesscripts",
     "coco_panoptic_seg": "panopticapi",
 }
+# PyPI has no panopticapi.
+_SOURCES = {"panopticapi": "git+https://github.com/cocodataset/panopticapi"}
 # The places of the summary metrics in COCO's list of twelve.
 METRICS = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR100": 8}
 
@@ -235,8 +240,8 @@ def check_packages(names: Sequence[str]) -> None:
         package = _PACKAGES.get(kind)
         if package and importlib.util.find_spec(package) is None:
             raise UserError(
-                f"the data set {name} is evaluated as {kind}, for which the package {package} is missing: install it, "
-                "or set DATASETS.TEST ()"
+                f"the data set {name} is evaluated as {kind}, for which the package {package} is missing: "
+                f"pip install {_SOURCES.get(package, package)}, or set DATASETS.TEST ()"
             )
 
 
@@ -259,6 +264,39 @@ class _CityscapesInstanceEvaluator(CityscapesInstanceEvaluator):
                 return super().evaluate()
         finally:
             script.writeDict2JSON = write
+
+
+class _CityscapesSemSegEvaluator(CityscapesSemSegEvaluator):
+    def evaluate(self) -> dict | None:
+        with _old_numpy():
+            return super().evaluate()
+
+
+class _PascalVOCEvaluator(PascalVOCDetectionEvaluator):
+    """Detectron2's, whose reader of XML wants fields that no metric reads and labelling tools leave out."""
+
+    def evaluate(self) -> dict | None:
+        script = importlib.import_module(PascalVOCDetectionEvaluator.__module__)
+        parse = script.parse_rec
+        script.parse_rec = functools.cache(_voc_objects)
+        try:
+            return super().evaluate()
+        finally:
+            script.parse_rec = parse
+
+
+def _voc_objects(file: str) -> list[dict]:
+    """The objects of an XML file of Pascal VOC, as Detectron2's evaluation takes them."""
+    with PathManager.open(file) as opened:
+        found = ElementTree.parse(opened).findall("object")
+    return [
+        {
+            "name": entry.findtext("name"),
+            "difficult": int(entry.findtext("difficult") or 0),
+            "bbox": [float(entry.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")],
+        }
+        for entry in found
+    ]
 
 
 class _LVISEvaluator(LVISEvaluator):
@@ -295,9 +333,9 @@ def _evaluators(kind: str, cfg: CfgNode, name: str, folder: str) -> list[Dataset
     if kind == "cityscapes_instance":
         evaluators.append(_CityscapesInstanceEvaluator(name))
     if kind == "cityscapes_sem_seg":
-        evaluators.append(CityscapesSemSegEvaluator(name))
+        evaluators.append(_CityscapesSemSegEvaluator(name))
     if kind == "pascal_voc":
-        evaluators.append(PascalVOCDetectionEvaluator(name))
+        evaluators.append(_PascalVOCEvaluator(name))
     if kind == "lvis":
         evaluators.append(_LVISEvaluator(name, model_tasks(cfg), output_dir=folder))
     return evaluators

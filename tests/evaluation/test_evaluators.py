@@ -60,7 +60,7 @@ def test_pascals_evaluator_is_detectron2s(register, sample_datasets, tmp_path):
     (tmp_path / "voc").mkdir()
     facts = {"dirname": str(tmp_path / "voc"), "year": 2007, "split": "test", "thing_classes": ["a"]}
     name = register("voc", evaluator_type="pascal_voc", **facts)
-    assert type(build_evaluator(cfg, name)) is evaluation.PascalVOCDetectionEvaluator
+    assert isinstance(build_evaluator(cfg, name), evaluation.PascalVOCDetectionEvaluator)
 
 
 def test_an_unknown_type_is_told(register, sample_datasets, tmp_path):
