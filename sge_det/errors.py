@@ -1,5 +1,6 @@
 """How a user's mistake, a stop, or a fault is told: a sentence and an exit code."""
 
+import errno
 import functools
 import logging
 import signal
@@ -60,10 +61,34 @@ def user_errors(main: Callable | None = None, *, go_on: str = GO_ON) -> Callable
             print(f"interrupted: {go_on}" if go_on else "interrupted", file=sys.stderr)
             sys.exit(getattr(stop, "exit_code", 130))
         except Exception as error:
-            print(f"error: {_fault(error)}", file=sys.stderr)
-            sys.exit(1)
+            lacking = shortage(error)
+            print(f"error: {f'{lacking}, then {go_on or GO_ON}' if lacking else _fault(error)}", file=sys.stderr)
+            sys.exit(2 if lacking else 1)
 
     return wrapper
+
+
+# What torch says where no memory is left, in the several kinds of RuntimeErrors that it raises.
+_NO_MEMORY = ("out of memory", "allocate memory", "not enough memory")
+_LIMITS = {
+    errno.EMFILE: "too many files are open: raise the limit on them (ulimit -n)",
+    errno.ENFILE: "too many files are open on this machine: end what else has them open",
+    errno.EFBIG: "a file may not become as large as it has to: raise the limit on sizes (ulimit -f)",
+}
+
+
+def shortage(error: BaseException) -> str | None:
+    """What the machine, or a limit on it, lacks where that is what an error comes from, and what to do about it."""
+    text = " ".join(str(error).split())[:200]
+    number = error.errno if isinstance(error, OSError) else None
+    of_torch = text if isinstance(error, RuntimeError) else ""
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or any(word in of_torch for word in _NO_MEMORY):
+        return f"there is too little memory ({text or 'MemoryError'}): end what else uses it"
+    if "Too many open files" in of_torch:
+        number = errno.EMFILE
+    if "can't start new thread" in of_torch:
+        return "no more threads may be started: raise the limit on them (ulimit -u)"
+    return _LIMITS.get(number)
 
 
 def _fault(error: Exception) -> str:

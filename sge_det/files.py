@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import Resumable, UserError
+from .errors import Resumable, UserError, shortage
 
 # What a report with its pictures, or a log's next lines, need.
 _LEAST_FREE_BYTES = 4 << 20
@@ -170,6 +170,11 @@ def _make_folder(folder: Path) -> None:
     sync_folder(folder.parent)
 
 
+def is_plain_name(path: str) -> bool:
+    """Whether libraries take a path as it is: Detectron2 takes those of checkpoints for URLs, TensorBoard for UTF-8."""
+    return path.isprintable() and "?" not in path and path == path.strip()
+
+
 def check_folder(path: str | Path, option: str) -> None:
     """Checks that there is a folder, or that one can be made, before any work.
 
@@ -177,8 +182,11 @@ def check_folder(path: str | Path, option: str) -> None:
         option: of the command line that names it.
 
     Raises:
-        UserError: a file is in its place, or in that of a folder that it would lie in.
+        UserError: a file is in its place, or in that of a folder that it would lie in, or its name is not taken as it
+            is by what writes and reads there.
     """
+    if not is_plain_name(str(path)):
+        raise UserError(f"{option} {str(path)!a}: name a folder without ? and without characters that do not print")
     taken = next((part for part in (Path(path), *Path(path).parents) if part.exists()), None)
     if taken is not None and not taken.is_dir():
         raise UserError(f"{option} {path}: {taken} is a file; name a folder")
@@ -311,6 +319,8 @@ def _without_nan(content: Any) -> Any:
 
 def cannot_write(path: str | Path, error: OSError) -> UserError:
     """The sentence for a file or folder that cannot be written."""
+    if lacking := shortage(error):
+        return Resumable(f"{path} cannot be written: {lacking}")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return disk_full(path)
     if error.errno in (errno.EIO, errno.EROFS):

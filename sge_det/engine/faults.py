@@ -3,7 +3,7 @@
 import errno
 import os
 
-from ..errors import Resumable, UserError
+from ..errors import Resumable, UserError, shortage
 from ..files import cannot_write
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
@@ -28,6 +28,13 @@ def in_words(error: BaseException, folder: str) -> UserError | None:
     if isinstance(error, FileNotFoundError) and error.filename:
         return Resumable(f"{os.fsdecode(error.filename)} is not there any more: put it back")
     text = str(error)
+    if lacking := shortage(error):
+        # what a run may change on the way, and what only another may
+        less = (
+            ", lower DATALOADER.NUM_WORKERS, or begin a new run with less in SOLVER.IMS_PER_BATCH or more in "
+            "SOLVER.GRADIENT_ACCUMULATION_STEPS"
+        )
+        return Resumable(lacking + less * ("memory" in lacking))
     if not isinstance(error, RuntimeError):
         return None
     if "DataLoader timed out" in text:

@@ -61,6 +61,10 @@ UNUSABLE = [
     ("DATALOADER.SAMPLER_TRAIN", "nonsense"),
     ("TEST.EXPECTED_RESULTS", [["bbox", "AP"]]),
     ("OUTPUT_DIR", ""),
+    ("OUTPUT_DIR", "what?"),
+    ("OUTPUT_DIR", "a\nb"),
+    ("OUTPUT_DIR", " a"),
+    ("OUTPUT_DIR", "a\udcff"),
     ("MODEL.WEIGHTS", "x" * 5000),
 ]
 

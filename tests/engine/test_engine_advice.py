@@ -274,6 +274,20 @@ def test_a_loss_that_is_none_is_passed_over_or_a_new_run_is_slower(cut_off, tmp_
     assert weights(tmp_path / "slower")
 
 
+def test_a_machine_without_memory_is_told_and_the_run_goes_on_once_there_is_some(whole, cut_off, monkeypatch):
+    def run_step(trainer):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with monkeypatch.context() as full:
+        full.setattr(Trainer, "run_step", run_step)
+        with pytest.raises(Resumable) as told:
+            cut_off.give(resume=True)
+    assert "CUDA out of memory" in str(told.value)
+    assert "end what else uses it, lower DATALOADER.NUM_WORKERS, or begin a new run with less" in str(told.value)
+    cut_off.give("DATALOADER.NUM_WORKERS", "1", resume=True)
+    assert same(cut_off.folder, whole.folder)
+
+
 def test_weights_that_are_none_are_not_saved_and_a_new_run_is_slower(cut_off, tmp_path, monkeypatch):
     step = Trainer.run_step
 

@@ -213,6 +213,13 @@ def test_bad_commands(tmp_path, sample_datasets, overrides, options, words):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["what?", "a\nb", "a\udcff"])
+def test_an_output_that_libraries_do_not_take_as_it_is_is_told_first(sample_datasets, tmp_path, name):
+    with pytest.raises(UserError, match=r"^--output \S+: name a folder without \? ") as told:
+        matrix(tmp_path / name, sample_datasets)
+    assert str(told.value).isprintable()
+
+
 def test_an_output_that_is_a_file_is_told_first(sample_datasets, tmp_path):
     taken = tmp_path / "results.txt"
     taken.write_text("mine")

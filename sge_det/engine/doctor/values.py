@@ -10,6 +10,7 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 
 from ...config import PRECISIONS, TRACKERS, add_sge_config
+from ...files import is_plain_name
 from .finding import Finding
 
 
@@ -83,7 +84,9 @@ _SEED = Rule(lambda v: type(v) is int and -_LARGEST < v < 2**32 - 2**16, "a whol
 
 _RULES: dict[str, Rule] = {
     "VERSION": Rule(lambda v: v == 2, "2"),
-    "OUTPUT_DIR": _NAME,
+    "OUTPUT_DIR": Rule(
+        lambda v: _NAME.holds(v) and is_plain_name(v), "a name without ? and without characters that do not print"
+    ),
     "SEED": _SEED,
     "VIS_PERIOD": _whole(0),
     "REPORT_TO": _choice("", *TRACKERS),
