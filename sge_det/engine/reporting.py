@@ -4,6 +4,8 @@ import importlib
 import json
 import logging
 import os
+import re
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,12 @@ logger = logging.getLogger(__name__)
 
 REPORT_FILE = "report_to.json"
 _PROJECT = "sge_det"
+# What has each tracker need no network.
+_LOCAL = {
+    "wandb": "WANDB_MODE=offline",
+    "mlflow": "MLFLOW_TRACKING_URI=sqlite:///mlflow.db",
+    "trackio": "no TRACKIO_SPACE_ID",
+}
 # What Detectron2's printer and its other writers average over.
 _WINDOW = 20
 
@@ -108,8 +116,8 @@ def build_report_writer(cfg: CfgNode, config: dict | None = None) -> ReportWrite
         tracker = _START[name](module, title, _known_run(path, name), cfg.OUTPUT_DIR, config or _as_dict(cfg))
     except (Exception, SystemExit) as error:
         raise UserError(
-            f"REPORT_TO {name}: it does not start ({_first_line(error)}): see to that (WANDB_MODE=offline for instance "
-            "needs no login), or leave out REPORT_TO"
+            f"REPORT_TO {name}: it does not start ({_first_line(error)}): see to that ({_LOCAL[name]} keeps all here), "
+            "or leave out REPORT_TO"
         ) from error
     write_json(path, {"tracker": name, "run": tracker.run})
     return ReportWriter(name, tracker)
@@ -155,14 +163,20 @@ def _mlflow(module, title: str, known: str | None, folder: str, config: dict) ->
     module.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT))
     run = module.start_run(run_id=known, run_name=title)
     module.log_dict(config, "config.yaml")
-    return Tracker(run.info.run_id, lambda values, step: module.log_metrics(values, step=step), module.end_run)
+
+    def log(values: dict[str, float], step: int) -> None:
+        # a category's name may hold what no metric's name may
+        module.log_metrics({re.sub(r"[^\w\-. :/]", "_", name): value for name, value in values.items()}, step=step)
+
+    return Tracker(run.info.run_id, log, module.end_run)
 
 
 def _trackio(module, title: str, known: str | None, folder: str, config: dict) -> Tracker:
+    # it knows runs by their names, and would take another's of the same for this one
     run = module.init(
         project=os.environ.get("TRACKIO_PROJECT", _PROJECT),
-        name=known or title,
-        resume="allow",
+        name=known or f"{title}-{uuid.uuid4().hex[:8]}",
+        resume="allow" if known else "never",
         config=config,
     )
     return Tracker(run.name, lambda values, step: module.log(values, step=step), module.finish)

@@ -1,5 +1,6 @@
 """Runs as jobs of a scheduler, through submitit: Slurm, or this machine, which is how it is tested."""
 
+import ctypes
 import os
 import shlex
 import signal
@@ -19,6 +20,8 @@ from .run import Run
 KINDS = ("slurm", "local")
 _POLL_SECONDS = 2.0
 _MOST_TIMEOUTS = 1000
+# Linux's prctl: the signal that a process gets when the one that started it ends.
+_PR_SET_PDEATHSIG = 1
 # Before a job is ended: a step, and its checkpoint on the disk.
 _SIGNAL_SECONDS = 180
 
@@ -154,8 +157,14 @@ class RunJob:
         self.process = None
 
     def __call__(self) -> int:
-        # not the session of the job, whose processes the scheduler signals one by one
-        self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, start_new_session=True)
+        libc = ctypes.CDLL(None)
+        self.process = subprocess.Popen(
+            self.command,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # not the job's, whose processes the scheduler signals one by one
+            # where the job is killed the run writes a checkpoint and ends, rather than going on unseen
+            preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
+        )
         try:
             while self.process.poll() is None:
                 time.sleep(0.2)
@@ -184,4 +193,5 @@ def _last_line(job: Any) -> str:
     except OSError:
         lines = []
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return (errors or lines or [f"state {job.state}"])[-1].strip()
+    silent = f"it ended without a word, as what is killed does; its output is in {job.paths.folder}"
+    return (errors or lines or [silent])[-1].strip()

@@ -78,11 +78,11 @@ def start(tmp_path, monkeypatch):
     return begin
 
 
-def preempt(run):
+def preempt(run, signum=signal.SIGUSR2):
     """As a scheduler does it, once the run is going on."""
     while not run.file("started").exists():
         time.sleep(0.05)
-    os.kill(int(run.file("started").read_text()), signal.SIGUSR2)
+    os.kill(int(run.file("started").read_text()), signum)
 
 
 def test_a_job_that_is_preempted_is_queued_again_and_goes_on(start, capsys):
@@ -101,6 +101,22 @@ def test_a_job_that_is_preempted_is_queued_again_and_goes_on(start, capsys):
     # once more: nothing is left to submit
     execute()
     assert "submitted" not in capsys.readouterr().out
+
+
+def test_a_job_that_is_killed_is_told_and_ends_its_run(start):
+    runs, execute = start("quick", "long", keep_going=True)
+    signals = ((runs[1], signal.SIGKILL), (runs[3], signal.SIGUSR2))
+    for how in signals:
+        threading.Thread(target=preempt, args=how, daemon=True).start()
+    result = execute()
+    assert set(result.failed) == {"long/seed0"}
+    assert [run.finished for run in runs] == [True, False, True, True]
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and not runs[1].file("checkpoint").exists():
+        time.sleep(0.1)
+    assert runs[1].file("checkpoint").exists()
+    execute()  # the same command goes on
+    assert runs[1].finished
 
 
 def test_what_starts_from_another_run_waits_for_it(start, capsys):
