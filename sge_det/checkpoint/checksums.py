@@ -133,7 +133,7 @@ def check_file(path: Path, load: Callable[[], Any]) -> None:
         wrong = []  # it cannot be read at all
     raise Unreadable(
         f"the weights {path} are damaged: {_told(wrong) if wrong else what}; if you have changed them yourself, remove "
-        f"{sidecar(path).name}"
+        f"{sidecar(path)}"
     )
 
 

@@ -209,11 +209,13 @@ def check_datasets(names: Sequence[str]) -> None:
         metadata = MetadataCatalog.get(name)
         for path in map(metadata.get, (*_FILES, *_FOLDERS)):
             if path is not None and not Path(path).exists():
-                how = (
-                    f"make it with tools/make_sample_coco.py {Path(metadata.image_root).parent}"
-                    if name.startswith("sge_sample")
-                    else "set the environment variable DETECTRON2_DATASETS to the folder that holds it"
-                )
+                root = os.getenv("DETECTRON2_DATASETS", "datasets")
+                if name.startswith("sge_sample"):
+                    how = f"make it with tools/make_sample_coco.py {Path(metadata.image_root).parent}"
+                elif Path(path).is_relative_to(root):
+                    how = "set the environment variable DETECTRON2_DATASETS to the folder that holds it"
+                else:
+                    how = "put it there, or correct the path where the data set is registered"
                 raise UserError(f"the data set {name} is not there, {path} does not exist: {how}")
     classes = {name: _classes(name) for name in names}
     for name, own in classes.items():
