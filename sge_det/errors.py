@@ -87,7 +87,7 @@ def shortage(error: BaseException) -> str | None:
     if "Too many open files" in of_torch:
         number = errno.EMFILE
     if "can't start new thread" in of_torch:
-        return "no more threads may be started: raise the limit on them (ulimit -u)"
+        return "no more threads may be started: raise the limits on them and on memory (ulimit -u, ulimit -v)"
     return _LIMITS.get(number)
 
 

@@ -44,7 +44,7 @@ SHORTAGES = {
     "too little memory ([Errno 12] Cannot allocate memory)": OSError(errno.ENOMEM, "Cannot allocate memory"),
     "too many files are open: raise the limit on them (ulimit -n)": OSError(errno.EMFILE, "Too many open files"),
     "raise the limit on sizes (ulimit -f)": OSError(errno.EFBIG, "File too large"),
-    "raise the limit on them (ulimit -u)": RuntimeError("can't start new thread"),
+    "raise the limits on them and on memory (ulimit -u, ulimit -v)": RuntimeError("can't start new thread"),
     "(ulimit -n), then run the same": RuntimeError("Too many open files. Communication with the workers is no longer"),
 }
 

@@ -3,8 +3,8 @@
     torture.py --results output/torture.jsonl             # all of it; run again, it goes on
     torture.py --programs train convert --every 50        # a sample
 
-For training, evaluation, measure_gain and convert_weights, one run is recorded first: its n operations (faulty_files.py
-says which). Then for k = 1 ... n, in an empty folder each time:
+For training, evaluation, pretraining, measure_gain and convert_weights, one run is recorded first: its n operations
+(faulty_files.py says which). Then for k = 1 ... n, in an empty folder each time:
 
 kill     the process is killed in the middle of operation k: what the k - 1 before it made is there, and half of a write
 ENOSPC   operation k fails, and so does all after it that takes room; of a write, half is there
@@ -53,6 +53,7 @@ import torch
 import torch.utils.tensorboard
 from detectron2.modeling.backbone import ResNet
 from faulty_files import Counter, Disk, Faults, read_record
+from PIL import Image
 from safetensors import safe_open
 
 import sge_det.engine.logs
@@ -127,6 +128,15 @@ def programs(data: Path) -> dict[str, Program]:
         ),
         "convert": Program("convert_weights", ("plain.pth", "made/sge.pth", *transplant, *MICRO), plain),
         "convert_st": Program("convert_weights", ("plain.pth", "made/sge.safetensors", *transplant, *MICRO), plain),
+        "pretrain": Program(
+            "pretrain",
+            (
+                *("--train", str(data / "classified/train"), "--val", str(data / "classified/val"), "--output", "out"),
+                *("--model", "sge_resnet18", "--model-kwargs", "channels=(8,8,8,8)", "--stem-channels", "8"),
+                *("--groups", "4", "--img-size", "32", "--epochs", "2", "--batch-size", "4", "--lr", "0.01"),
+                *("--ema-decay", "0.9", "--workers", "0", "--device", "cpu"),
+            ),
+        ),
         "measure": Program(
             "measure_gain",
             (*CONFIG, *datasets, "--output", "out", "--seeds", "0", "--bootstrap", "0", *MICRO),
@@ -473,6 +483,7 @@ def prepare(folder: Path) -> Path:
     """The data set and the weights that the programs start from."""
     data = folder / "data"
     make_sample_coco(data / "set", train=4, val=2, size=64, seed=3)
+    make_classified(data / "classified")
     bench = Bench(folder / "prepare", data)
     main = bench.mains["train_net"]
     for overrides, name in (((), "trained"), (("MODEL.SGE.ENABLED", "False"), "plain")):
@@ -490,6 +501,17 @@ def prepare(folder: Path) -> Path:
     beside = data / "trained.json"
     beside.write_text(beside.read_text().replace("model_final.pth", "weights.pth"))
     return data
+
+
+def make_classified(folder: Path) -> None:
+    """Images in two classes: red and blue ones."""
+    for split in ("train", "val"):
+        for channel, name in ((0, "red"), (2, "blue")):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(4):
+                colour = [40 * number] * 3
+                colour[channel] = 200
+                Image.new("RGB", (40, 40), tuple(colour)).save(folder / split / name / f"{number}.png")
 
 
 def points(counts: dict[str, int], kinds: list[str], every: int) -> list[tuple[str, str, int]]:
