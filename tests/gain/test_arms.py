@@ -176,9 +176,10 @@ def test_bad_arms(cfg, names, custom, words):
         ("--config-file=F --output=D SOLVER.MAX_ITER 5", "SOLVER.MAX_ITER 5"),
     ],
 )
-def test_overrides_at_the_end(argv, overrides):
+def test_overrides_at_the_end(argv, overrides, monkeypatch):
     import importlib.util
 
+    monkeypatch.syspath_prepend(ROOT / "tools")
     spec = importlib.util.spec_from_file_location("measure_gain", ROOT / "tools/measure_gain.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
