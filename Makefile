@@ -6,6 +6,9 @@ RELEASES ?= locked
 PYTEST_ARGS ?=
 TEST_JOBS ?= 2
 TORTURE_ARGS ?=
+# folders of tests whose coverage is measured, one after the other; others: the tests beside the folders
+COVERED ?= $(sort $(patsubst tests/%/,%,$(wildcard tests/[a-z]*/))) others
+CODE = $(shell find sge_det tests tools -name '*.py')
 
 # The stamp's name holds a checksum of what the installation depends on: it is redone when that changes, and only then.
 # The folder is part of it, as an editable installation names it.
@@ -46,10 +49,17 @@ torture: install  ## end the tools at every operation on files, and follow their
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -W ignore tests/torture/torture.py --jobs $(TEST_JOBS) \
 		--results output/torture.jsonl $(TORTURE_ARGS)
 
-coverage: install  ## run the tests and print which part of each room they run
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -n $(TEST_JOBS) --dist loadfile --cov=sge_det --cov-branch \
-		--cov-report= $(PYTEST_ARGS)
-	$(VENV)/bin/python -m coverage json -o output/coverage.json
+# the tests of a room, or those beside the rooms; goes on where it stopped, and anew where the code has changed
+output/coverage/%.data: $(CODE) | install
+	@mkdir -p output/coverage
+	COVERAGE_FILE=$@.part OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest \
+		$(if $(filter others,$*),$(wildcard tests/test_*.py),tests/$*) -n $(TEST_JOBS) --dist loadfile --cov=sge_det \
+		--cov-branch --cov-report= $(PYTEST_ARGS)
+	@mv $@.part $@
+
+coverage: $(COVERED:%=output/coverage/%.data)  ## run the tests room by room and print which part of each they run
+	$(VENV)/bin/python -m coverage combine --keep --data-file=output/coverage/all $^
+	$(VENV)/bin/python -m coverage json --data-file=output/coverage/all -o output/coverage.json
 	$(VENV)/bin/python tests/rooms.py output/coverage.json
 
 lint: install  ## check style and formatting
