@@ -146,7 +146,7 @@ def _require_onnx() -> None:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
     except ImportError as error:
-        raise UserError(f"{error.name} is missing: pip install 'sge_det[export]'") from error
+        raise UserError(f"{error.name} is missing: pip install onnx onnxruntime onnxscript") from error
 
 
 def _image(size: tuple[int, int], seed: int, image: Tensor | None) -> Tensor:

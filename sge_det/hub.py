@@ -187,7 +187,7 @@ def _hub() -> Any:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise UserError("the hub needs huggingface_hub, which is missing: pip install 'sge_det[hub]'") from error
+        raise UserError("the hub needs huggingface_hub, which is missing: pip install huggingface_hub") from error
     return huggingface_hub
 
 

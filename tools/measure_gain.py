@@ -150,7 +150,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_cluster_options(arguments: argparse.ArgumentParser) -> None:
-    cluster = arguments.add_argument_group("cluster", "each run as a job, followed to its end; needs sge_det[cluster]")
+    cluster = arguments.add_argument_group("cluster", "each run as a job, followed to its end; needs submitit")
     cluster.add_argument("--cluster", choices=KINDS, help="the scheduler; local is this machine, all runs at once")
     cluster.add_argument("--partition", default="", metavar="P", help="of Slurm")
     cluster.add_argument("--sbatch", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="for Slurm")

@@ -119,7 +119,7 @@ class Cluster:
             import cloudpickle
             import submitit
         except ImportError as error:
-            raise UserError(f"--cluster needs submitit ({error}): pip install 'sge_det[cluster]'") from error
+            raise UserError(f"--cluster needs submitit ({error}): pip install submitit") from error
         cloudpickle.register_pickle_by_value(sys.modules[__name__])
         folder = matrix.output / "jobs" / "%j"
         try:
