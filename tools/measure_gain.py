@@ -51,6 +51,7 @@ from sge_det.gain.plan import declare, declared
 from sge_det.gain.power import check_wanted, from_pilot, in_words, published, tables
 from sge_det.gain.power import given as given_spread
 from sge_det.gain.report import metric_table
+from sge_det.gain.run import Run
 from sge_det.gain.verdict import DIFFERENCE, TASK_NAMES
 
 
@@ -243,9 +244,10 @@ def run(args: argparse.Namespace, options: Sequence[str], overrides: list[str]) 
     )
     how = {"bootstrap": args.bootstrap, "question": asked(args), "against": args.against}
     if args.run:
+        wanted = run_asked(matrix, *args.run)  # before anything is declared
         if args.seeds and launch.is_main:
             declare(matrix, how["question"], against=args.against)
-        return run_one(matrix, *args.run)
+        return run_one(matrix, wanted)
     if not launch.is_main:
         matrix.execute(args.jobs)
         return None
@@ -325,10 +327,13 @@ def looks_of(args: argparse.Namespace) -> Looks | None:
     return looks
 
 
-def run_one(matrix: Matrix, arm: str, seed: str) -> None:
+def run_asked(matrix: Matrix, arm: str, seed: str) -> Run:
     if not seed.isdecimal():
         raise UserError(f"--run {arm} {seed}: give an arm and a seed, for instance --run sge 0")
-    wanted = matrix.run_of(arm, int(seed))
+    return matrix.run_of(arm, int(seed))
+
+
+def run_one(matrix: Matrix, wanted: Run) -> None:
     if not wanted.is_ready:
         raise UserError(f"{wanted.name} starts from {wanted.reference.name}, which has not finished: run that first")
     if matrix.execute(runs=[wanted], wait=False).left:
