@@ -151,7 +151,7 @@ def test_bad_results_are_told_in_one_sentence(call_tool, results, tmp_path, chan
         (["--config-file", CONFIG, "--against", "se"], "--against se: there is no such arm among plain, sge"),
         (["--config-file", CONFIG, "--arms", "plain", "sgee"], "there is no arm sgee"),
         (["--config-file", CONFIG, "--seeds", "1", "1"], "different numbers"),
-        (["--config-file", CONFIG, "--seeds", "0", "1", "--run", "se", "0"], "there is no run se 0: the arms are plain"),
+        (["--config-file", CONFIG, "--seeds", "0", "1", "--run", "se", "0"], "there is no run se 0: the arms are"),
         (["--config-file", CONFIG, "MODEL.SGE.GROUPS", "7"], "does not divide"),
         (["--config-file", CONFIG, "MODEL.WEIGHTS", "no.pth"], "no.pth is not there"),
     ],
