@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,66 @@ def load_file(path: str | Path, *, beside: bool = False) -> Any:
     except OSError as error:
         raise Unreadable(f"the weights {path} cannot be read: {error.strerror or error}") from error
     except Damaged as error:
-        raise Unreadable(f"the weights {path} cannot be read: {error}") from error
+        raise Unreadable(f"the weights {path} cannot be read: {_what_else(path) or error}") from error
     except Exception as error:
         # there is no list of what bytes that are no weights make a parser of zip, JSON, UTF-8 and numbers raise
         first = str(error).strip().split("\n")[0][:200]
         text = first if first.isprintable() else ascii(first)
-        kind = type(error).__name__
-        raise Unreadable(f"the weights {path} cannot be read: they are damaged ({kind}: {text})") from error
+        what = _what_else(path) or f"they are damaged ({type(error).__name__}: {text})"
+        raise Unreadable(f"the weights {path} cannot be read: {what}") from error
+
+
+# How files begin, or what their names end in, that are something else than weights of PyTorch.
+_BEGINNINGS = {
+    b"\x89HDF": "it is HDF5, as Keras writes it: save the weights with torch.save under PyTorch's names",
+    b"<": "it is a web page: fetch the file itself",
+    b"version https://git-lfs": "it is a pointer of Git LFS: fetch the file itself with 'git lfs pull'",
+    b"\x1f\x8b": "it is compressed by gzip: unpack it",
+    b"{": "it is JSON: name the file that holds the tensors",
+    b"GGUF": "it is GGUF: take the file that it was made of",
+}
+_ENDINGS = {
+    ".onnx": "it is a model of ONNX: take the weights that it was exported from",
+    ".h5": "it is of Keras: save the weights with torch.save under PyTorch's names",
+    ".pdparams": "it is of Paddle: save the weights with torch.save under PyTorch's names",
+    ".caffemodel": "it is of Caffe: convert it to a pickle of blobs, as Detectron had them",
+    ".msgpack": "it is of Flax: save the weights with torch.save under PyTorch's names",
+    ".npz": "it is an archive of NumPy arrays: save a dict of them with pickle.dump in a file that ends in .pkl",
+}
+_TAR_MAGIC = slice(257, 262)
+
+
+def _what_else(path: Path) -> str:
+    """What a file that is no weights of PyTorch is instead, as far as it tells; "" where it does not."""
+    with open(path, "rb") as file:
+        start = file.read(512)
+    if not start:
+        return "it is empty"
+    if path.suffix == ".safetensors":
+        return ""
+    if start[_TAR_MAGIC] == b"ustar":
+        return "it is a tar archive: unpack it, and name the file in it"
+    if start.startswith(ZIP_MAGIC):
+        return _what_archive(path)
+    found = next((what for begin, what in _BEGINNINGS.items() if start.lstrip(b" \r\n").startswith(begin)), None)
+    return found or _ENDINGS.get(path.suffix, "")
+
+
+def _what_archive(path: Path) -> str:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return ""
+    if any(name.endswith("/constants.pkl") for name in names):
+        return "it is a TorchScript program, not weights: save the state_dict of its module"
+    if names and all(name.endswith(".npy") for name in names):
+        return _ENDINGS[".npz"]
+    return (
+        ""
+        if any(name.endswith("data.pkl") for name in names)
+        else "it is a zip archive: unpack it, and name the file in it"
+    )
 
 
 def _size(path: Path) -> int:
@@ -95,7 +149,7 @@ def _load(path: Path, size: int, *, verify: bool = True, beside: bool = False) -
         if is_legacy(value):
             return load_legacy(rest, beside=beside)
         if path.suffix != ".pkl":
-            raise Damaged("it is no file that torch.save wrote")
+            raise Damaged("it is no file that torch.save wrote; name a pickle of NumPy arrays so that it ends in .pkl")
         return value
 
 

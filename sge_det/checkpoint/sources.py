@@ -1,6 +1,5 @@
 """What a weights file is: its kind, told by its keys, and what its images must look like."""
 
-import contextlib
 import functools
 import re
 from collections.abc import Mapping
@@ -120,6 +119,14 @@ MSRA = Recipe("BGR", _MEAN[::-1], (1.0, 1.0, 1.0), True)
 _RAW = ("state_dict", "model_state_dict", "model", "net", "student")
 _AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "teacher")
 _PAIRS = (("student.", "teacher."), ("model.", "ema."), ("model.", "model_ema."), ("model.", "ema_model."))
+_FIRST_BLOCK = "layer1.0.conv1.weight"
+_OF_RESNET = re.compile(r"(conv1|bn1|layer[1-4])\.|fc\.(weight|bias)$")
+# MoCo has its network twice; this one is trained.
+_QUERY = "encoder_q."
+# What stands beside the backbones of detectors of mmdetection.
+_DETECTOR_HEADS = {"neck", "bbox_head", "rpn_head", "roi_head", "mask_head", "query_head", "panoptic_head"}
+# Of other dicts with tensors, which are looked for below names that nobody knows.
+_MOST_PLACES, _DEEPEST_PLACE = 20, 6
 _PREFIXES = ("module.", "model.", "net.", "ema_model.")
 
 # Where the heads look, and the values that are in use: what Detectron2's own files say nothing of, and a detector of
@@ -222,12 +229,11 @@ def read_source(path: str, *, strict: bool = True, weights_of: str | None = None
     chosen, taken = _unwrap(checkpoint, path, weights_of)
     state = as_tensors(chosen, path)
     try:
-        kind, part = _identify_part(state, path)
+        kind, state, left = _identify_part(state, path)
         kind = _mmdet_kind(kind, checkpoint)
-        if len(part) < len(state):
-            left = next(key for key in state if not key.endswith(tuple(part)))
-            taken = "; ".join(filter(None, (taken, f"left out what is no part of the network ({left:.60}, ...)")))
-            state = part
+        if left:
+            told = f"took the ResNet alone, and left out {len(left)} tensors ({left[0]:.60}, ...)"
+            taken = "; ".join(filter(None, (taken, told)))
     except UserError:
         if strict:
             raise
@@ -243,16 +249,26 @@ def read_source(path: str, *, strict: bool = True, weights_of: str | None = None
     )
 
 
-def _identify_part(state: dict[str, Tensor], path: str) -> tuple[str, dict[str, Tensor]]:
-    """:func:`identify`, also of what stands below one prefix, beside a criterion or metrics as Lightning keeps them."""
+def _identify_part(state: dict[str, Tensor], path: str) -> tuple[str, dict[str, Tensor], list[str]]:
+    """:func:`identify`, also of a ResNet below one prefix, beside heads, a criterion or metrics of any kind.
+
+    Returns:
+        the kind, the tensors that are of it, and the names of the others.
+    """
     try:
-        return identify(state, path), state
+        return identify(state, path), state, []
     except UserError:
-        for prefix in _PREFIXES:
-            part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-            with contextlib.suppress(UserError):
-                return identify(part, path), part
-        raise
+        places = [key.removesuffix(_FIRST_BLOCK) for key in state if key.endswith(_FIRST_BLOCK)]
+        places = [prefix for prefix in places if prefix and f"{prefix}conv1.weight" in state]
+        heads = {key.split(".")[0] for key in state}
+        if len(places) != 1 and _QUERY in places:
+            places = [_QUERY]
+        if len(places) != 1 or heads & _DETECTOR_HEADS:
+            raise
+        start = len(places[0])
+        own = {key for key in state if key.startswith(places[0]) and _OF_RESNET.match(key[start:])}
+        part = {key[start:]: value for key, value in state.items() if key in own}
+        return identify(part, path), part, [key for key in state if key not in own]
 
 
 def _metadata(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -306,7 +322,7 @@ def _mmdet_version(checkpoint: Mapping[str, Any]) -> int:
 
 def _unwrap(checkpoint: dict[str, Any], path: str, weights_of: str | None) -> tuple[Mapping[str, Any], str]:
     """The weights that are asked for, and which they are, in words, where there are averaged ones."""
-    inner = checkpoint["model"]
+    inner = _only_weights(checkpoint["model"], path)
     raw = next(((name, inner[name]) for name in _RAW if isinstance(inner.get(name), Mapping)), ("model", inner))[1]
     raw = _without_shell(raw)
     averaged = next(
@@ -327,6 +343,32 @@ def _unwrap(checkpoint: dict[str, Any], path: str, weights_of: str | None) -> tu
     if weights_of == "raw":
         return raw, f"took the raw weights, not the averaged ones ({averaged[0]})"
     return averaged[1], f"took the averaged weights ({averaged[0]}); --weights-of raw takes the others"
+
+
+def _only_weights(content: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+    """The one dict of tensors below ``content`` where it has none by a known name, and no tensors of its own."""
+    if any(isinstance(content.get(name), Mapping) for name in (*_RAW, *_AVERAGED)) or _holds_tensors(content):
+        return content
+    found: dict[str, Mapping[str, Any]] = {}
+    steps: list[tuple[str, Any]] = [("", content)]
+    while steps and len(found) < _MOST_PLACES:
+        place, node = steps.pop(0)
+        for name, value in node.items():
+            if isinstance(value, Mapping) and isinstance(name, str):
+                inner = f"{place}.{name}" if place else name
+                if _holds_tensors(value):
+                    found[inner] = value
+                elif inner.count(".") < _DEEPEST_PLACE:
+                    steps.append((inner, value))
+    if len(found) > 1:
+        raise UserError(
+            f"{path} holds the tensors of {', '.join(found)[:200]}: save those of the network alone, under 'model'"
+        )
+    return next(iter(found.values()), content)
+
+
+def _holds_tensors(content: Mapping[str, Any]) -> bool:
+    return any(isinstance(value, Tensor | np.ndarray) and value.ndim for value in content.values())
 
 
 def _without_shell(state: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -3,9 +3,14 @@
 import copyreg
 import datetime
 import functools
+import gzip
 import io
+import pickle
+import re
 import sys
+import tarfile
 import types
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +70,99 @@ AVERAGES = {
 }
 
 
+RESNET = {"conv1.weight": torch.ones(4, 3, 7, 7), "bn1.bias": torch.ones(4), "layer1.0.conv1.weight": torch.ones(4)}
+ONE = torch.ones(1)
+
+# How others keep a ResNet, and what is left out of it.
+RESNETS = {
+    "mmpretrain": ({"meta": {}, "state_dict": under("backbone.", RESNET) | {"head.fc.weight": ONE}}, "head.fc.weight"),
+    "mmdetection, the backbone": ({"state_dict": under("backbone.", RESNET)}, ""),
+    "Lightning": ({"state_dict": under("encoder.", RESNET), "loops": {}}, ""),
+    "MoCo": (
+        {"state_dict": under("module.encoder_q.", RESNET) | under("module.encoder_k.", RESNET) | {"module.queue": ONE}},
+        "encoder_k.conv1.weight",
+    ),
+    "SimSiam": ({"state_dict": under("module.encoder.", RESNET) | {"module.encoder.fc.0.weight": ONE}}, "encoder.fc.0"),
+    "DINO": ({"student": {"a": ONE}, "teacher": under("backbone.", RESNET) | {"head.mlp.0.weight": ONE}}, "head.mlp.0"),
+    "Barlow Twins": ({"model": under("module.backbone.", RESNET) | {"module.projector.0.weight": ONE}}, "projector.0"),
+    "VISSL": ({"classy_state_dict": {"base_model": {"model": {"trunk": under("_feature_blocks.", RESNET)}}}}, ""),
+    "torchvision's detectors": (under("backbone.body.", RESNET) | {"rpn.head.conv.0.0.weight": ONE}, "rpn.head"),
+    "DETR": ({"model": under("backbone.0.body.", RESNET) | {"class_embed.weight": ONE}}, "class_embed.weight"),
+    "torchvision's segmentation": (under("backbone.", RESNET) | {"classifier.4.weight": ONE}, "classifier.4"),
+    "params": ({"params": RESNET, "step": 3}, ""),
+    "network": ({"network": RESNET, "optimizer": {"state": {}, "param_groups": []}}, ""),
+    "DeepSpeed": ({"module": RESNET, "ds_version": "0.9", "optimizer": None}, ""),
+}
+
+
+@pytest.mark.parametrize("who", RESNETS)
+def test_a_resnet_is_found_wherever_it_is_kept(tmp_path, who):
+    content, left_out = RESNETS[who]
+    torch.save(content, tmp_path / "w.pth")
+    source = read_source(str(tmp_path / "w.pth"))
+    assert source.kind == "plain-resnet"
+    assert_same(source.state, RESNET)
+    assert ("took the ResNet alone, and left out" in source.taken) == bool(left_out)
+    assert left_out in source.taken
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"online": RESNET, "target": RESNET}, "holds the tensors of online, target: save those of the network alone"),
+        ({"state": {}, "param_groups": [{"lr": 0.1}]}, "the entry 'state' is a dict, not a tensor"),
+        (
+            under("backbone.", RESNET) | {"neck.a": ONE, "bbox_head.b": ONE},
+            "is a detector of mmdetection that is none of",
+        ),
+        (under("a.", RESNET) | under("b.", RESNET), "none of the kinds"),
+        ({"cls_token": ONE, "patch_embed.proj.weight": ONE}, "none of the kinds .* it holds cls_token"),
+    ],
+)
+def test_what_holds_no_single_resnet_is_refused(tmp_path, content, words):
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=words):
+        read_source(str(tmp_path / "w.pth"))
+
+
+def archive(kind, name="a.txt"):
+    file = io.BytesIO()
+    if kind == "tar":
+        with tarfile.open(fileobj=file, mode="w") as tar:
+            tar.addfile(tarfile.TarInfo(name))
+    else:
+        with zipfile.ZipFile(file, "w") as packed:
+            packed.writestr(name, "x")
+    return file.getvalue()
+
+
+FILES = {
+    "keras.pth": (b"\x89HDF\r\n\x1a\n" + bytes(99), "it is HDF5, as Keras writes it"),
+    "login.pth": (b"\n<!DOCTYPE html><html>Sign in</html>", "it is a web page: fetch the file itself"),
+    "pointer.pth": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
+    "packed.pth": (gzip.compress(b"x"), "compressed by gzip: unpack it"),
+    "model.safetensors.index.json": (b'{"weight_map": {}}', "it is JSON: name the file that holds the tensors"),
+    "x.gguf": (b"GGUF" + bytes(99), "it is GGUF"),
+    "x.onnx": (b"\x08\x07\x12\x07pytorch", "it is a model of ONNX"),
+    "x.pdparams": (pickle.dumps({"a": np.ones(1)}), "it is of Paddle"),
+    "x.npz": (archive("zip", "a.npy"), "it is an archive of NumPy arrays"),
+    "x.zip": (archive("zip"), "it is a zip archive: unpack it"),
+    "x.pth.tar": (archive("tar"), "it is a tar archive: unpack it"),
+    "x.msgpack": (b"\x81\xa6params", "it is of Flax"),
+    "x.pth": (b"", "it is empty"),
+    "program.pt": (archive("zip", "program/constants.pkl"), "it is a TorchScript program"),
+    "arrays.bin": (pickle.dumps({"a": np.ones(1)}), "name a pickle of NumPy arrays so that it ends in .pkl"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_that_are_no_weights_are_refused_by_what_they_are(tmp_path, name):
+    content, words = FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(words)):
+        read_source(str(tmp_path / name))
+
+
 def stranger(monkeypatch, path, content, keywords=None):
     """A dict of a class that is not here, which pickles make by calling it."""
     module, _, name = path.rpartition(".")
@@ -104,7 +202,7 @@ def test_what_scripts_keep_beside_weights_is_passed_over(tmp_path, two, monkeypa
         torch.save(value, tmp_path / "alone.ckpt", **protocol)
     source = read_source(str(tmp_path / "w.ckpt"))
     assert source.kind == "plain-resnet"
-    assert source.taken == "left out what is no part of the network (criterion.weight, ...)"
+    assert source.taken == "took the ResNet alone, and left out 1 tensors (criterion.weight, ...)"
     assert_same(source.state, two[0])
     name = type(value).__name__
     with pytest.raises(UserError, match=rf"the entry 'conv1.weight' is a .*{name}, not a tensor"):
