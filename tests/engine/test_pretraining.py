@@ -265,6 +265,17 @@ def test_what_is_damaged_is_told_and_what_is_advised_helps(trained, tmp_path, na
         assert (again["top1"], again["top5"]) == (result["top1"], result["top5"])
 
 
+def test_a_run_that_was_cut_off_after_its_result_leaves_no_checkpoint(trained, tmp_path):
+    before, result = trained
+    run = replace(before, output=str(tmp_path / "out"))
+    shutil.copytree(before.folder, run.folder)
+    (run.folder / "checkpoint.pth").write_bytes((run.folder / "model_final.pth").read_bytes())
+    session = loop._Session.__new__(loop._Session)
+    session.run = run
+    assert session._finish()["top1"] == result["top1"]
+    assert not (run.folder / "checkpoint.pth").exists()
+
+
 def test_weights_that_are_no_numbers_are_not_saved_and_a_slower_new_run_is(trained, tmp_path, monkeypatch):
     run = replace(trained[0], output=str(tmp_path / "out"), epochs=2)
     update = loop._Session._update

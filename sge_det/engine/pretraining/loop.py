@@ -287,7 +287,10 @@ class _Session:
 
     def _finish(self) -> dict[str, Any]:
         if (self.run.folder / RESULT).exists():
-            return _recorded(self.run.folder / RESULT)
+            result = _recorded(self.run.folder / RESULT)
+            if comm.is_main_process():
+                remove_file(self.run.folder / CHECKPOINT)  # left where the run was cut off just before
+            return result
         hits = self.evaluate(self.model) if self.hits is None else self.hits
         ema = None
         if self.ema is not None:
