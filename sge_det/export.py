@@ -4,16 +4,19 @@ What is exported goes through Detectron2's own adapters and torch's exporters. I
 other sizes and batches than those it was made with; the largest difference to the model is the result.
 """
 
+import copy
 import io
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import torch
 from detectron2.export import TracingAdapter, scripting_with_instances
-from detectron2.modeling import GeneralizedRCNN, RetinaNet
+from detectron2.modeling import GeneralizedRCNN, PanopticFPN, RetinaNet, SemanticSegmentor
+from detectron2.modeling.backbone import Backbone
 from detectron2.structures import Boxes, Instances
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -28,6 +31,8 @@ SIZES = ((320, 416), (256, 320), (416, 288), (224, 500))
 # Of features, and of boxes in pixels, scores and masks.
 TOLERANCES = {"backbone": 1e-4, "detector": 1e-3}
 _ONNX_OPSET = 16
+# What is compared of detections. Heat maps of key points, whose greatest cells are the points, are left out.
+_FIELDS = ("pred_boxes", "scores", "pred_classes", "pred_masks", "pred_keypoints")
 
 Outputs = dict[str, Tensor]
 
@@ -41,7 +46,7 @@ class Check:
         batch: images in it.
         difference: the largest of an output, relative to the largest output where that is above 1; infinite where the
             shapes differ, as when another number of objects is found.
-        detections: objects that were found and compared; None for a backbone.
+        detections: objects that were found and compared; None for a backbone and for semantic segmentation.
     """
 
     size: tuple[int, int]
@@ -99,7 +104,8 @@ def export_model(
     """Exports a detector and its backbone, reads both back, runs them and compares them with the model.
 
     Args:
-        model: a Detectron2 detector, ``GeneralizedRCNN`` or ``RetinaNet``, on the CPU.
+        model: a Detectron2 model on the CPU: ``GeneralizedRCNN``, ``PanopticFPN``, ``RetinaNet``,
+            ``SemanticSegmentor``, or another one, whose ``backbone`` is exported alone.
         folder: where ``detector.*``, ``backbone.*`` and ``export.json`` are written.
         format: of :data:`FORMATS`.
         sizes: (height, width) in pixels; graphs are made at the first.
@@ -110,14 +116,14 @@ def export_model(
         ``reason`` says so and the backbone is exported all the same.
 
     Raises:
-        UserError: there is no such format, or ONNX's packages are missing.
+        UserError: there is no such format, the model has no backbone, or ONNX's packages are missing.
     """
     if format not in FORMATS:
         raise UserError(f"--format {format!r} is not one of {', '.join(FORMATS)}")
     if format == "onnx":
         _require_onnx()
-    if not isinstance(model, GeneralizedRCNN | RetinaNet):
-        raise UserError(f"{type(model).__name__} is no detector that can be exported: GeneralizedRCNN or RetinaNet is")
+    if not isinstance(getattr(model, "backbone", None), Backbone):
+        raise UserError(f"{type(model).__name__} is no detector that can be exported: it has no Detectron2 backbone")
     model = model.eval()
     images = [_image(size, number, image) for number, size in enumerate(sizes)]
     with torch.no_grad(), warnings.catch_warnings():
@@ -156,8 +162,14 @@ def _image(size: tuple[int, int], seed: int, image: Tensor | None) -> Tensor:
 
 
 def _export_detector(model: nn.Module, folder: Path, format: str, images: list[Tensor]) -> Export:
+    if not isinstance(model, GeneralizedRCNN | RetinaNet | SemanticSegmentor):
+        known = "GeneralizedRCNN, PanopticFPN, RetinaNet and SemanticSegmentor are"
+        return Export("detector", format, reason=f"{type(model).__name__} is not exported whole: {known}")
+    # those whose inference is written for TorchScript
+    is_scriptable = not isinstance(model, PanopticFPN | SemanticSegmentor)
+    scripted = [("scripted", _scripted_detector)] if is_scriptable else []
     ways = {
-        "torchscript": [("scripted", _scripted_detector), ("traced", _traced_detector)],
+        "torchscript": [*scripted, ("traced", _traced_detector)],
         "onnx": [("traced", _onnx_detector)],
         "exported_program": [("exported", _exported_detector)],
     }[format]
@@ -173,12 +185,13 @@ def _export_detector(model: nn.Module, folder: Path, format: str, images: list[T
         write_file(folder / export.file, content)
         run, batches = load((folder / export.file).read_bytes()), [1, 2] if way == "scripted" else [1]
         for image in images:
-            expected = _detections(model, [image])[0]
+            expected = _predictions(model, image)
+            objects = len(expected["scores"]) if "scores" in expected else None
             export.outputs = list(expected)
             for batch in batches:
                 found = run([image] * batch)
                 difference = max(_difference(one, expected) for one in found)
-                export.checks.append(Check(tuple(image.shape[1:]), batch, difference, len(expected["scores"])))
+                export.checks.append(Check(tuple(image.shape[1:]), batch, difference, objects))
         break
     return export
 
@@ -234,27 +247,25 @@ class _Features(nn.Module):
         return tuple(self.backbone(x).values())
 
 
-def _detections(model: nn.Module, images: list[Tensor]) -> list[Outputs]:
-    """What the model finds, in pixels of the images as they are given, masks as the mask head gives them."""
-    return [_fields(instances) for instances in _instances(model, [{"image": image} for image in images])]
-
-
-def _instances(model: nn.Module, inputs: list[dict]) -> list[Instances]:
+def _predictions(model: nn.Module, image: Tensor) -> Outputs:
+    """What the model finds in an image (3, H, W): boxes in its pixels, masks and logits as the heads give them."""
+    inputs = [{"image": image}]
+    if isinstance(model, SemanticSegmentor):
+        return {"sem_seg": model(inputs)[0]["sem_seg"]}
+    if isinstance(model, PanopticFPN):
+        instances, sem_seg = model.inference(inputs, do_postprocess=False)
+        return {**_fields(instances[0]), "sem_seg": sem_seg[0]}
     if isinstance(model, GeneralizedRCNN):
-        return model.inference(inputs, do_postprocess=False)
+        return _fields(model.inference(inputs, do_postprocess=False)[0])
     images = model.preprocess_image(inputs)
     features = model.backbone(images.tensor)
     features = [features[name] for name in model.head_in_features]
-    return model.forward_inference(images, features, model.head(features))
+    return _fields(model.forward_inference(images, features, model.head(features))[0])
 
 
 def _fields(instances: Instances) -> Outputs:
-    fields = {name: instances.get(name) for name in _field_names(instances)}
+    fields = {name: instances.get(name) for name in _FIELDS if instances.has(name)}
     return {name: value.tensor if isinstance(value, Boxes) else value for name, value in fields.items()}
-
-
-def _field_names(instances: Instances) -> list[str]:
-    return [name for name in ("pred_boxes", "scores", "pred_classes", "pred_masks") if instances.has(name)]
 
 
 class _ScriptableDetector(nn.Module):
@@ -283,10 +294,11 @@ Loader = Callable[[bytes], Callable]
 def _scripted_detector(model: nn.Module, image: Tensor) -> tuple[bytes, Loader]:
     fields = {
         **{"proposal_boxes": Boxes, "objectness_logits": Tensor, "pred_boxes": Boxes, "scores": Tensor},
-        **{"pred_classes": Tensor, "pred_masks": Tensor},
+        **{"pred_classes": Tensor, "pred_masks": Tensor, "pred_keypoints": Tensor, "pred_keypoint_heatmaps": Tensor},
     }
     wrapper = _ScriptableRCNN if isinstance(model, GeneralizedRCNN) else _ScriptableRetinaNet
-    scripted = scripting_with_instances(wrapper(model).eval(), fields)
+    # of a copy: scripting puts other modules in the place of a model's
+    scripted = scripting_with_instances(wrapper(copy.deepcopy(model)).eval(), fields)
 
     def load(content: bytes) -> Callable:
         loaded = torch.jit.load(io.BytesIO(content))
@@ -296,10 +308,11 @@ def _scripted_detector(model: nn.Module, image: Tensor) -> tuple[bytes, Loader]:
 
 
 def _tracing_adapter(model: nn.Module, image: Tensor) -> tuple[nn.Module, list[str]]:
-    names = list(_detections(model, [image])[0])
+    names = list(_predictions(model, image))
 
     def inference(model: nn.Module, inputs: list[dict]) -> tuple[Tensor, ...]:
-        return tuple(_fields(_instances(model, inputs)[0])[name] for name in names)
+        found = _predictions(model, inputs[0]["image"])
+        return tuple(found[name] for name in names)
 
     return TracingAdapter(model, [{"image": image}], inference).eval(), names
 
@@ -318,6 +331,7 @@ def _traced_detector(model: nn.Module, image: Tensor) -> tuple[bytes, Loader]:
 def _onnx_detector(model: nn.Module, image: Tensor) -> tuple[bytes, Loader]:
     adapter, names = _tracing_adapter(model, image)
     axes = {"image": {1: "height", 2: "width"}, **{name: {0: "objects"} for name in names}}
+    axes |= {name: {1: f"{name}_height", 2: f"{name}_width"} for name in names if name == "sem_seg"}
     content = _onnx_bytes(adapter, image, "image", names, axes)
 
     def load(content: bytes) -> Callable:
@@ -373,16 +387,18 @@ def _program_bytes(program: torch.export.ExportedProgram) -> bytes:
 
 def _onnx_bytes(module: nn.Module, x: Tensor, name: str, outputs: list[str], axes: dict[str, dict[int, str]]) -> bytes:
     file = io.BytesIO()
-    torch.onnx.export(
-        module,
-        (x,),
-        file,
-        dynamo=False,
-        opset_version=_ONNX_OPSET,
-        input_names=[name],
-        output_names=outputs,
-        dynamic_axes=axes,
-    )
+    # torch turns on a log there and never off; it prints the graph, thousands of lines, where the exporter fails
+    with mock.patch.object(torch._C, "_jit_onnx_log", create=True):
+        torch.onnx.export(
+            module,
+            (x,),
+            file,
+            dynamo=False,
+            opset_version=_ONNX_OPSET,
+            input_names=[name],
+            output_names=outputs,
+            dynamic_axes=axes,
+        )
     return file.getvalue()
 
 

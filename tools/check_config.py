@@ -2,8 +2,10 @@
 
 check_config.py --config-file configs/COCO-Detection/faster_rcnn_SGE_R_50_FPN_2x.yaml --num-gpus 8
 check_config.py --config-file F --dataset my_train train.json images/ SOLVER.IMS_PER_BATCH 4
+check_config.py --config-file lazy/COCO-Detection/faster_rcnn_SGE_R_50_FPN_1x.py train.max_iter=1000
 
-Takes train_net.py's arguments. Exit code 2 where there is an error, 0 otherwise.
+Takes train_net.py's arguments, for a lazy config (.py) lazy_train_net.py's.
+Exit code 2 where there is an error, 0 otherwise.
 """
 
 import sys
@@ -11,6 +13,7 @@ import sys
 import quiet  # noqa: F401
 
 from sge_det.engine.doctor import diagnose
+from sge_det.engine.lazy_doctor import diagnose_lazily
 from sge_det.engine.training import argument_parser
 from sge_det.errors import UserError, user_errors
 
@@ -23,15 +26,11 @@ def main(argv: list[str] | None = None) -> None:
     if not args.config_file:
         raise UserError("give a config with --config-file, for instance configs/sample/faster_rcnn_SGE_R_50_FPN.yaml")
     processes = max(args.num_gpus, 1) * args.num_machines
-    findings = diagnose(
-        args.config_file,
-        args.opts,
-        args.dataset,
-        processes=processes,
-        resume=args.resume,
-        eval_only=args.eval_only,
-        every_image=args.images,
-    )
+    asked = {"processes": processes, "eval_only": args.eval_only, "every_image": args.images}
+    if args.config_file.endswith(".py"):
+        findings = diagnose_lazily(args.config_file, args.opts, args.dataset, **asked)
+    else:
+        findings = diagnose(args.config_file, args.opts, args.dataset, resume=args.resume, **asked)
     for finding in findings:
         print(f"{finding.severity}: {finding}")
     errors = sum(finding.severity == "error" for finding in findings)

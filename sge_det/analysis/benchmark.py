@@ -409,6 +409,7 @@ OTHERS: dict[str, tuple[list, str | None]] = {
     "detector compiled": ([], "detector"),
     "blocks checkpointed": ([], "checkpoint"),
     "x in bfloat16": ([], "bfloat16"),
+    "ignore padding": (["MODEL.SGE.IGNORE_PADDING", True], None),
 }
 
 
@@ -418,6 +419,8 @@ def _other(cfg: CfgNode, name: str) -> nn.Module:
     cfg.defrost()
     cfg.merge_from_list(overrides)
     model = build_model(cfg)
+    if sge_options(cfg).ignore_padding:
+        ignore_padding(model)
     if change == "backbone":
         model.backbone.compile()
     elif change == "detector":

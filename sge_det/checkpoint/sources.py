@@ -90,12 +90,18 @@ class Recipe:
     def contradictions(self, cfg: CfgNode) -> dict[str, tuple[Any, Any]]:
         """The config keys that contradict what is known: key -> (value in ``cfg``, value it should have)."""
         have = Recipe.of_config(cfg).overrides()
+        if cfg.MODEL.RESNETS.DEPTH < 50:
+            have.pop("MODEL.RESNETS.STRIDE_IN_1X1", None)  # basic blocks have no 1x1 convolution
+        for key in self.heads:
+            have[key] = functools.reduce(lambda node, name: node[name], key.split("."), cfg)
+        return self.contradictions_of(have)
+
+    def contradictions_of(self, have: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """:meth:`contradictions` of the values in ``have``, by the keys of :meth:`overrides`; others are not known."""
         found = {}
         for key, value in self.overrides().items():
-            if key.endswith("STRIDE_IN_1X1") and cfg.MODEL.RESNETS.DEPTH < 50:
-                continue  # basic blocks have no 1x1 convolution
-            if key in self.heads:
-                have[key] = functools.reduce(lambda node, name: node[name], key.split("."), cfg)
+            if key not in have:
+                continue
             near = have[key] == value
             if isinstance(value, list):
                 near = all(abs(a - b) < 0.5 for a, b in zip(have[key], value, strict=True))

@@ -136,7 +136,7 @@ def use_datasets(
             raise UserError(f"{found[name].path} has no list 'annotations', so there is nothing to train on")
     if cfg.MODEL.META_ARCHITECTURE in _WITHOUT_OBJECTS:
         return
-    classes = _classes(used[0]) if used else None
+    classes = class_names(used[0]) if used else None
     head = head_section(cfg)
     key = f"MODEL.{head}.NUM_CLASSES"
     if classes and key not in by_hand and set(names) & set(used):
@@ -217,14 +217,15 @@ def check_datasets(names: Sequence[str]) -> None:
                 else:
                     how = "put it there, or correct the path where the data set is registered"
                 raise UserError(f"the data set {name} is not there, {path} does not exist: {how}")
-    classes = {name: _classes(name) for name in names}
+    classes = {name: class_names(name) for name in names}
     for name, own in classes.items():
         first = next(iter(classes))
         if own and classes[first] and own != classes[first]:
             raise UserError(f"the categories of {name} ({', '.join(own)}) are not those of {first}")
 
 
-def _classes(name: str) -> list[str] | None:
+def class_names(name: str) -> list[str] | None:
+    """The names of a data set's classes, in their order; None where it says nothing of them."""
     metadata = MetadataCatalog.get(name)
     if metadata.get("thing_classes") is None and metadata.get("json_file"):
         categories = read_annotations(metadata.json_file).content["categories"]

@@ -55,12 +55,14 @@ def fingerprint(cfg: CfgNode, contents: "Contents", processes: int, imports: Seq
 
 
 def _own_attention(cfg: CfgNode) -> list[str]:
-    """The package, or the module without one, that an attention of the user's own comes from."""
     options = sge_options(cfg)
-    if not options.enabled or not is_own_class(options.attention):
-        return []
-    module = options.attention.partition(":")[0]
-    return [module.rpartition(".")[0] or module]
+    return [package_of(options.attention)] if options.enabled and is_own_class(options.attention) else []
+
+
+def package_of(name: str) -> str:
+    """The package, or the module without one, of a module or of a class in it ("package.module:Class")."""
+    module = name.partition(":")[0]
+    return module.rpartition(".")[0] or module
 
 
 def fingerprint_of(

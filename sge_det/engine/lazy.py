@@ -6,6 +6,8 @@ import functools
 import logging
 import os
 import re
+import sys
+import sysconfig
 import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -28,15 +30,16 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ..checkpoint.checkpointer import Checkpointer, last_checkpoint
 from ..config import LOADER_TIMEOUT, load_lazy_config
-from ..data.datasets import check_datasets, register_dataset, register_sample
+from ..data.datasets import check_datasets, class_names, register_dataset, register_sample
 from ..data.loader import EvaluationLoader, map_image, seeded_loader
 from ..errors import UserError
 from ..files import write_file
+from ..layers.attention import is_own_class
 from ..solver import add_clipping
 from . import doctor
 from .claims import claimed_folder
 from .evaluations import Settled
-from .fingerprint import Contents, fingerprint_of, is_free
+from .fingerprint import Contents, fingerprint_of, is_free, package_of
 from .logs import start_logs
 from .periodic import KeptCheckpoints
 from .reporting import build_report_writer
@@ -56,8 +59,18 @@ _KEYS = {
     "DATASETS.TRAIN": "dataloader.train.dataset.names",
     "INPUT.PIXEL_RANGE (LOW, HIGH)": "train.pixel_range=[LOW,HIGH]",
     "MODEL.SGE.INIT": "its start values",
+    "MODEL.SGE.ENABLED True, MODEL.SGE.ATTENTION sge and all STAGES": "stages to sge_det.make_sge_stages",
+    "MODEL.SGE.GROUPS": "model.backbone.bottom_up.stages.groups",
+    "MODEL.SGE": "model.backbone",
+    "MODEL.BACKBONE.FREEZE_AT": "model.backbone.bottom_up.freeze_at",
+    "MODEL.RESNETS.STRIDE_IN_1X1": "model.backbone.bottom_up.stages.stride_in_1x1",
+    "MODEL.PIXEL_MEAN": "model.pixel_mean",
+    "MODEL.PIXEL_STD": "model.pixel_std",
+    "INPUT.FORMAT": "model.input_format",
+    "MAX_ITER and STEPS": "train.max_iter and the lr_multiplier",
     "MODEL.RESNETS.DEPTH": "model.backbone.bottom_up.stages.depth",
 }
+_CONFIG_MODULE = r"\bdetectron2\._cfg_loader\w*\."
 _WORDS = re.compile("|".join(rf"(?<!\w){re.escape(key)}(?!\w)" for key in sorted(_KEYS, key=len, reverse=True)))
 _FREE = re.compile(r"train\.(output_dir|checkpointer|log_period)\b.*|.*\.num_workers")
 _CHANGEABLE = re.compile(
@@ -73,10 +86,11 @@ def lazy_words() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise type(error)(_in_lazy_words(str(error))) from error
+        raise type(error)(in_lazy_words(str(error))) from error
 
 
-def _in_lazy_words(text: str) -> str:
+def in_lazy_words(text: str) -> str:
+    """``text`` with a lazy config's keys in the place of those of YAML configs."""
     return _WORDS.sub(lambda match: _KEYS[match[0]], text)
 
 
@@ -103,9 +117,19 @@ def setup_lazy_config(
     Raises:
         UserError: anything in it that cannot work, in one sentence.
     """
+    register_sample()
+    cfg = read_lazy_config(config_file, overrides)
+    with lazy_words():
+        doctor.tell(doctor.examine_switches(switches_of(cfg), eval_only=eval_only))
+    check_init_checkpoint(cfg)
+    use_lazy_datasets(cfg, datasets, eval_only=eval_only)
+    return cfg
+
+
+def read_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """The first part of :func:`setup_lazy_config`, for which no other file is read."""
     if not config_file:
         raise UserError("give a lazy config with --config-file, lazy/COCO-Detection/faster_rcnn_SGE_R_50_FPN_1x.py")
-    register_sample()
     cfg = load_lazy_config(config_file, list(overrides))
     lacking = [name for name in _SECTIONS if name not in cfg]
     if lacking:
@@ -113,32 +137,58 @@ def setup_lazy_config(
     train = cfg.train
     if str(train.device).startswith("cuda") and not torch.cuda.is_available():
         train.device = "cpu"
-    with lazy_words():
-        doctor.tell(doctor.examine_switches(switches_of(cfg), eval_only=eval_only))
-    path = train.init_checkpoint
+    return cfg
+
+
+def check_init_checkpoint(cfg: DictConfig) -> None:
+    """Checks that ``train.init_checkpoint`` is there.
+
+    Raises:
+        UserError: it is not.
+    """
+    path = cfg.train.init_checkpoint
     if path and "://" not in path and not os.path.isfile(path):
         raise UserError(
             f"train.init_checkpoint {path:.300} is not there: put the weights there (see 'Weights' in the README), "
             "name others, or train from scratch with train.init_checkpoint=''"
         )
-    _use_datasets(cfg, datasets, eval_only)
-    return cfg
 
 
-def _use_datasets(cfg: DictConfig, datasets: Sequence[Sequence[str]], eval_only: bool) -> None:
+def use_lazy_datasets(cfg: DictConfig, datasets: Sequence[Sequence[str]], *, eval_only: bool = False) -> None:
+    """Takes ``datasets``, as in :func:`setup_lazy_config`, into ``cfg`` and checks those that it names.
+
+    Raises:
+        UserError: one is not there, or has another number of classes than the model.
+    """
     found = {name: register_dataset(name, json_file, images) for name, json_file, images in datasets}
     if found:
         train = [name for name in found if "train" in name] or list(found)[:1]
         cfg.dataloader.train.dataset.names = train
         cfg.dataloader.test.dataset.names = [name for name in found if name not in train] or train
         _set_classes(cfg.model, len(next(iter(found.values())).content["categories"]))
-    check_datasets(dataset_names(cfg, eval_only=eval_only))
+    names = dataset_names(cfg, eval_only=eval_only)
+    check_datasets(names)
+    classes = class_names(names[0]) if names else None
+    for key, section in _sections_with_classes(cfg.model).items():
+        if classes and len(classes) != section.num_classes:
+            raise UserError(
+                f"{key}.num_classes is {section.num_classes}, but {names[0]} has {len(classes)} categories: set it to "
+                "that"
+            )
 
 
 def _set_classes(model: DictConfig, number: int) -> None:
-    for section in (model, model.get("roi_heads")):
-        if section is not None and isinstance(section.get("num_classes"), int):
-            section.num_classes = number
+    for section in _sections_with_classes(model).values():
+        section.num_classes = number
+
+
+def _sections_with_classes(model: DictConfig) -> dict[str, DictConfig]:
+    sections = {"model": model, "model.roi_heads": model.get("roi_heads")}
+    return {
+        key: section
+        for key, section in sections.items()
+        if isinstance(section, DictConfig) and isinstance(section.get("num_classes"), int)
+    }
 
 
 def dataset_names(cfg: DictConfig, *, eval_only: bool = False) -> list[str]:
@@ -161,7 +211,7 @@ def claimed_lazily(cfg: DictConfig, *, resume: bool = False, overwrite: bool = F
 
     def made_from() -> dict:
         contents = Contents(coco_only=False).of_names(dataset_names(cfg), cfg.train.init_checkpoint)
-        return fingerprint_of(_what_counts(cfg), contents, comm.get_world_size())
+        return fingerprint_of(_what_counts(cfg), contents, comm.get_world_size(), own_code(cfg))
 
     with claimed_folder(cfg.train.output_dir, made_from, resume=resume, overwrite=overwrite, changeable=_may_change):
         yield
@@ -185,11 +235,56 @@ def flat(cfg: DictConfig) -> dict[str, str]:
                 visit(part, f"{key}.{place}")
         elif not _FREE.fullmatch(key):
             name = getattr(value, "__qualname__", None)
-            # without the addresses that differ from process to process
-            found[key] = f"{value.__module__}.{name}" if name else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+            text = f"{value.__module__}.{name}" if name else repr(value)
+            # without what differs from process to process: addresses, and the names that Detectron2 gives to configs
+            found[key] = re.sub(rf" at 0x[0-9a-f]+|{_CONFIG_MODULE}", "", text)
 
     visit(OmegaConf.to_container(cfg, resolve=False), "")
     return found
+
+
+def own_code(cfg: DictConfig) -> list[str]:
+    """The user's own packages, or modules without one, whose code a run of ``cfg`` depends on.
+
+    Those of attentions that the config names ("package.module:Class"), and those of its functions and classes that
+    are not installed.
+    """
+    found: set[str] = set()
+
+    def visit(value: Any, key: str = "") -> None:
+        if isinstance(value, dict):
+            for name, part in value.items():
+                visit(part, str(name))
+        elif isinstance(value, list):
+            for part in value:
+                visit(part, key)
+        elif is_own_class(value):
+            found.add(package_of(value))
+        else:
+            if isinstance(value, str):
+                value = _located(value) if key == "_target_" else None
+            module = getattr(value, "__module__", None)
+            if isinstance(module, str) and _is_own(module):
+                found.add(package_of(module))
+
+    visit(OmegaConf.to_container(cfg, resolve=False))
+    return sorted(found)
+
+
+def _located(name: str) -> Any:
+    try:
+        return locate(name)
+    except Exception:  # what cannot be imported ends the run in its place
+        return None
+
+
+def _is_own(module: str) -> bool:
+    """Whether a module is neither this package's, nor installed, nor Python's."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if file is None or module == "__main__" or module.split(".")[0] == __package__.split(".")[0]:
+        return False
+    installed = {sysconfig.get_paths()[name] for name in ("purelib", "platlib", "stdlib", "platstdlib")}
+    return not any(Path(file).is_relative_to(folder) for folder in installed)
 
 
 def start_lazy_run(cfg: DictConfig, args: argparse.Namespace) -> None:
@@ -228,7 +323,8 @@ def build_lazy_model(cfg: DictConfig, seed: int) -> torch.nn.Module:
         raise UserError(f"the model of this config cannot be built ({type(error).__name__}: {error})") from error
 
 
-def _target(section: DictConfig) -> Any:
+def lazy_target(section: DictConfig) -> Any:
+    """The function or class that ``section`` calls."""
     target = section.get("_target_")
     return locate(target) if isinstance(target, str) else target
 
@@ -273,7 +369,7 @@ class LazyTrainer(Trainer):
             self.checkpointer.save("model_final", iteration=self.iter)
 
     def warn(self, text: str) -> None:
-        super().warn(_in_lazy_words(text))
+        super().warn(in_lazy_words(text))
 
     def build_report_writer(self) -> EventWriter | None:
         return build_report_writer(self.switches, flat(self.cfg))
@@ -296,7 +392,7 @@ class LazyTrainer(Trainer):
 def build_lazy_train_loader(cfg: DictConfig, seed: int) -> Any:
     """The training loader; Detectron2's own is replaced by one whose order and augmentations follow from ``seed``."""
     section = cfg.dataloader.train
-    if _target(section) is not build_detection_train_loader or section.get("sampler") is not None:
+    if lazy_target(section) is not build_detection_train_loader or section.get("sampler") is not None:
         logger.warning("this training loader is not Detectron2's with its usual sampler: resumed runs see other images")
         return instantiate(section)
     dicts = _instances(section)
@@ -336,7 +432,7 @@ def _instances(section: DictConfig) -> list[dict]:
 def _test_loader(cfg: DictConfig) -> EvaluationLoader:
     section = cfg.dataloader.test
     arguments = {name: section[name] for name in section if name not in ("_target_", "mapper")}
-    if _target(section) is build_detection_test_loader:
+    if lazy_target(section) is build_detection_test_loader:
         arguments = {name: instantiate(value) for name, value in arguments.items()}
         loader = build_detection_test_loader(
             mapper=functools.partial(map_image, lazy_mapper(cfg, section)), **arguments
@@ -351,7 +447,7 @@ def _test(cfg: DictConfig, model: torch.nn.Module) -> OrderedDict:
     if "evaluator" not in cfg.dataloader:
         return OrderedDict()
     section = cfg.dataloader.evaluator
-    target = _target(section)
+    target = lazy_target(section)
     arguments: dict[str, Any] = {}
     if isinstance(target, type) and issubclass(target, COCOEvaluator):
         # those of its arguments without which nothing is written, or code is needed that not all builds have

@@ -48,5 +48,6 @@ def enhance(
 ) -> Tensor:
     """SGE(x), or relu(SGE(x) + shortcut) where a shortcut (N, C, H, W) is given; arguments as in :func:`gates`."""
     found = gates(x, weight, bias, eps, normalize).to(x.dtype).unsqueeze(2)
-    y = (x.unflatten(1, (weight.shape[1], -1)) * found).flatten(1, 2)
+    # The shape is x's: that of a flattened product is a constant to ONNX's exporter.
+    y = (x.unflatten(1, (weight.shape[1], -1)) * found).reshape_as(x)
     return y if shortcut is None else torch.relu(y + shortcut)

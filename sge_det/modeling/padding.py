@@ -145,7 +145,7 @@ class OwnPixelsSGE(SpatialGroupEnhance):
         for see in self.observers:
             see(x)
         gates = self._own_gates(x).to(x.dtype).unsqueeze(2)
-        y = (x.unflatten(1, (self.groups, -1)) * gates).flatten(1, 2)
+        y = (x.unflatten(1, (self.groups, -1)) * gates).reshape_as(x)
         return y if shortcut is None else torch.relu(y + shortcut)
 
 

@@ -96,7 +96,7 @@ def test_layer_tool_says_what_is_wrong_with_a_shape(run_tool, shape):
 
 def test_model_tool(run_tool, tmp_path):
     arguments = ["--config-file", "sample/faster_rcnn_SGE_R_50_FPN.yaml", "--size", 64, 96, "--rounds", 2]
-    others = ["save memory", "blocks checkpointed", "x in bfloat16", "backbone compiled"]
+    others = ["save memory", "blocks checkpointed", "x in bfloat16", "ignore padding", "backbone compiled"]
     options = ["--with", *others, "--history", "history.csv", "--json", "model.json", "MODEL.DEVICE", "cpu"]
     # compiled is then what it was: no compiler is needed
     done = run_tool("benchmark.py", "model", *arguments, *options, env={"TORCHDYNAMO_DISABLE": "1"})

@@ -11,7 +11,8 @@ import torch
 from conftest import TINY
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
-from detectron2.modeling import build_model
+from detectron2.modeling import BACKBONE_REGISTRY, build_model
+from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
 from foreign_weights import caffe2_names
 from reference_models import torchvision_resnet
 
@@ -22,6 +23,7 @@ from sge_det.checkpoint.sources import Recipe
 from sge_det.config import load_config
 from sge_det.engine.doctor import Finding, diagnose, examine_run, examine_settings, finding, tell
 from sge_det.engine.doctor.data import examine_dataset
+from sge_det.modeling.resnet import build_sge_resnet_fpn_backbone
 
 FASTER = "sample/faster_rcnn_SGE_R_50_FPN.yaml"
 COCO = "COCO-Detection/faster_rcnn_SGE_R_50_FPN_2x.yaml"
@@ -278,6 +280,20 @@ def test_a_backbone_that_has_no_sge(examine):
     own = ("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone")
     only(examine(*own), "warning", "builds a plain ResNet whatever MODEL.SGE says", "build_sge_resnet_fpn_backbone")
     assert examine(*own, "MODEL.SGE.ENABLED", "False") == []
+
+
+def test_a_backbone_of_the_users_own_is_looked_into(examine, weights):
+    plain = ("MODEL.WEIGHTS", weights / "plain.pth", *R18)
+    for name, build, has_layers in (
+        ("build_my_fpn_backbone", build_sge_resnet_fpn_backbone, True),
+        ("build_message_fpn_backbone", build_resnet_fpn_backbone, False),  # "sge" is in its name alone
+    ):
+        BACKBONE_REGISTRY._do_register(name, build)
+        try:
+            found = examine("MODEL.BACKBONE.NAME", name, *plain)
+        finally:
+            del BACKBONE_REGISTRY._obj_map[name]
+        assert any("has no SGE" in text for _, text in found) == has_layers, found
 
 
 @pytest.mark.parametrize(

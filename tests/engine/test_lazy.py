@@ -27,6 +27,7 @@ from sge_det.engine.lazy import (
     flat,
     lazy_mapper,
     lazy_words,
+    own_code,
     setup_lazy_config,
     train_lazily,
 )
@@ -192,6 +193,44 @@ def test_folders_are_guarded(trained, sample_datasets):
     longer = lazy_config("faster", sample_datasets, folder, "train.max_iter=9", "train.log_period=3")
     with claimed_lazily(longer, resume=True):
         pass
+
+
+OWN = """
+from detectron2.config import LazyCall as L
+from sge_det.config import load_lazy_config
+from my_optimizers import build
+
+def schedule(first):
+    return lambda place: first
+
+cfg = load_lazy_config("lazy/COCO-Detection/faster_rcnn_SGE_R_50_FPN_1x.py")
+dataloader, model, optimizer, train = cfg.dataloader, cfg.model, cfg.optimizer, cfg.train
+optimizer._target_ = build
+lr_multiplier = L(schedule)(first=0.1)
+"""
+
+
+def test_code_of_the_users_own_is_in_the_fingerprint(sample_datasets, tmp_path, monkeypatch, caplog):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_gate.py").write_text("import torch\nclass Gate(torch.nn.Module): pass\n")
+    (tmp_path / "my_optimizers.py").write_text("from sge_det.solver import build_clipped\ndef build(**k): pass\n")
+    config = tmp_path / "config.py"
+    config.write_text(OWN)
+    overrides = ["train.init_checkpoint=''", f"train.output_dir={tmp_path / 'run'}"]
+    attention = "+model.backbone.bottom_up.stages.attention=my_gate:Gate"
+
+    def claim(resume=True):
+        caplog.clear()
+        cfg = setup_lazy_config(str(config), [*overrides, attention], sample_datasets)
+        with claimed_lazily(cfg, resume=resume):
+            return own_code(cfg)
+
+    assert own_code(load_lazy_config(f"lazy/{NAMES['faster']}.py")) == []
+    assert claim(resume=False) == ["my_gate", "my_optimizers"]
+    (tmp_path / "run" / "model_0000001.pth").touch()
+    assert claim() and not caplog.messages, "read again, it is the same"
+    (tmp_path / "my_gate.py").write_text("import torch\nclass Gate(torch.nn.Module): x = 1\n")
+    assert claim() and "it was made with other source code of my_gate" in caplog.text
 
 
 FASTER = f"lazy/{NAMES['faster']}.py"

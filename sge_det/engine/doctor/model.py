@@ -1,12 +1,13 @@
 """What is wrong with the model itself: it is built on the meta device, and what is there is counted."""
 
+import functools
 import re
 
 from detectron2.config import CfgNode
 from torch import nn
 
 from ...checkpoint.convert import build_meta_model
-from ...config import STAGES, sge_options
+from ...config import STAGES, SGEOptions, sge_options
 from ...layers.sge import SpatialGroupEnhance
 from .finding import Finding
 
@@ -19,14 +20,11 @@ def examine_model(cfg: CfgNode) -> list[Finding]:
     A config whose model cannot be built has nothing found here: building it says why.
     """
     options = sge_options(cfg)
-    # a backbone that is blind to MODEL.SGE is told of by its name, and may be meant
-    if not options.is_sge or "sge" not in cfg.MODEL.BACKBONE.NAME:
-        return []
-    model = build_on_meta(cfg)
-    if model is None:
+    found = _stages(cfg)
+    # a backbone that is blind to MODEL.SGE may be meant
+    if not options.is_sge or found is None or not any(map(any, found.values())):
         return []
     findings = []
-    found = stages_of(model)
     for stage in options.stages:
         places = {place: enhanced for place, enhanced in found.items() if place.rpartition(".")[2] == stage}
         if not places:
@@ -46,20 +44,44 @@ def _remedy(cfg: CfgNode, place: str) -> str:
     return f"leave {stage} out of MODEL.SGE.STAGES if that is meant"
 
 
-def build_on_meta(cfg: CfgNode) -> nn.Module | None:
-    """The model of ``cfg`` without memory for its tensors; None where it cannot be built so."""
+def has_sge(cfg: CfgNode, options: SGEOptions) -> bool:
+    """Whether the model of ``cfg`` has SGE layers; where it cannot be built, whether its backbone's name says so."""
+    if not options.is_sge:
+        return False
+    found = _stages(cfg)
+    return "sge" in cfg.MODEL.BACKBONE.NAME if found is None else any(map(any, found.values()))
+
+
+def _stages(cfg: CfgNode) -> dict[str, list[bool]] | None:
+    """:func:`stages_of` the model of ``cfg``; None where it cannot be built on the meta device."""
+    text = _Text(cfg.dump())
+    text.cfg = cfg
+    return _stages_of(text)
+
+
+class _Text(str):
+    """A config as text, by which what was found of it is kept, with the config itself."""
+
+    cfg: CfgNode
+
+
+@functools.lru_cache(maxsize=8)
+def _stages_of(text: _Text) -> dict[str, list[bool]] | None:
     try:
-        return build_meta_model(cfg)
+        model = build_meta_model(text.cfg)
     except Exception:  # whatever is the matter, the model's builder says so in its place
         return None
+    return stages_of(model)
 
 
 def stages_of(model: nn.Module) -> dict[str, list[bool]]:
-    """For each stage, by its module's name: whether each of its blocks has SGE."""
+    """For each stage, by its module's name: whether each of its blocks has SGE; layers elsewhere under ""."""
     found: dict[str, list[bool]] = {}
+    inside: set[nn.Module] = set()
     for name, module in model.named_modules():
-        match = _BLOCK.fullmatch(name)
-        if match:
-            has_sge = any(isinstance(part, SpatialGroupEnhance) for part in module.modules())
-            found.setdefault(name.rpartition(".")[0], []).append(has_sge)
-    return found
+        if _BLOCK.fullmatch(name):
+            layers = {part for part in module.modules() if isinstance(part, SpatialGroupEnhance)}
+            found.setdefault(name.rpartition(".")[0], []).append(bool(layers))
+            inside |= layers
+    elsewhere = [part for part in model.modules() if isinstance(part, SpatialGroupEnhance) and part not in inside]
+    return {**found, **({"": [True] * len(elsewhere)} if elsewhere else {})}

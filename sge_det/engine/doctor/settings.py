@@ -14,7 +14,7 @@ from ...config import STAGES, SGEOptions, compose_config, ema_decay, find_config
 from ...data.datasets import head_section
 from ...errors import UserError
 from .finding import Finding, finding_of
-from .model import examine_model
+from .model import examine_model, has_sge
 from .values import unusable_values
 
 # The learning rate of the paper's recipe for 16 images; another number of images scales it (the linear rule).
@@ -171,11 +171,6 @@ def _backbone_without_sge(cfg: CfgNode, options: SGEOptions) -> list[Finding]:
     ]
 
 
-def has_sge(cfg: CfgNode, options: SGEOptions) -> bool:
-    """Whether the model of ``cfg`` has SGE layers."""
-    return "sge" in cfg.MODEL.BACKBONE.NAME and options.is_sge
-
-
 def wrong_groups(cfg: CfgNode, options: SGEOptions) -> list[Finding]:
     if not has_sge(cfg, options):
         return []
@@ -209,15 +204,20 @@ def _learning_rate(cfg: CfgNode) -> list[Finding]:
     )
     if not is_recipe or solver.IMS_PER_BATCH < 1:
         return []
-    base = _RETINANET_BASE_LR if head_section(cfg) == "RETINANET" else _BASE_LR
-    rule = base * solver.IMS_PER_BATCH / 16
-    if rule / _LR_FACTOR <= solver.BASE_LR <= rule * _LR_FACTOR:
+    return learning_rate(solver.BASE_LR, solver.IMS_PER_BATCH, is_retinanet=head_section(cfg) == "RETINANET")
+
+
+def learning_rate(rate: float, images: int, *, is_retinanet: bool) -> list[Finding]:
+    """Whether a learning rate for so many images a step is far from the recipe's on COCO, in proportion."""
+    base = _RETINANET_BASE_LR if is_retinanet else _BASE_LR
+    rule = base * images / 16
+    if rule / _LR_FACTOR <= rate <= rule * _LR_FACTOR:
         return []
     return [
         Finding(
             "warning",
             "SOLVER.BASE_LR",
-            f"{solver.BASE_LR:g} at SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is {solver.BASE_LR / rule:.2g} times "
+            f"{rate:g} at SOLVER.IMS_PER_BATCH {images} is {rate / rule:.2g} times "
             f"the recipe's ({base:g} for 16 images, in proportion)",
             f"set SOLVER.BASE_LR {rule:g}, and MAX_ITER and STEPS for as many epochs",
         )

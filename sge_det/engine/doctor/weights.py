@@ -1,36 +1,35 @@
 """What is wrong with the weights of a config, or with the config in their light."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from detectron2.config import CfgNode
 
 from ...checkpoint.checksums import unusable
 from ...checkpoint.convert import Coverage, coverage, in_backbone, model_shapes
 from ...checkpoint.mapping import to_detectron2
-from ...checkpoint.sources import HEADS, Recipe, Source, known_recipe, read_source
+from ...checkpoint.sources import HEADS, Source, known_recipe, read_source
 from ...config import STAGES, SGEOptions
 from ...errors import UserError
 from ...layers.attention import KEYS, is_sge_key
 from .finding import Finding, finding_of
-from .settings import has_sge
+from .model import has_sge
 
 
 def examine_weights(cfg: CfgNode, options: SGEOptions) -> list[Finding]:
     path = cfg.MODEL.WEIGHTS
+    with_sge = has_sge(cfg, options)
     if not path:
         return _frozen(cfg, options, None)
     if "://" in path:  # not fetched before it is needed: judged by its name alone
         recipe = known_recipe(path)
         if recipe is None:
             return []
-        findings = _contradictions(cfg, recipe)
-        return findings + _plain(cfg, options, {}) + _frozen(cfg, options, {}) if has_sge(cfg, options) else findings
+        findings = contradicted(path, recipe.contradictions(cfg))
+        return findings + _plain(path, options, {}) + _frozen(cfg, options, {}) if with_sge else findings
     try:
-        source = read_source(path, strict=False, weights_of="raw")  # as they are loaded
-        if source.kind and source.kind not in ("detectron2-backbone", "detectron2-detector", "caffe2"):
-            remedy = f"convert it: tools/convert_weights.py {path} OUTPUT.pth"
-            return [
-                Finding("error", "MODEL.WEIGHTS", f"{path} is {source.description}, not Detectron2's format", remedy)
-            ]
+        source = read_weights(path)
         state, filled = source.state, {}
         if source.kind == "caffe2":
             renamed = to_detectron2(source)
@@ -46,28 +45,44 @@ def examine_weights(cfg: CfgNode, options: SGEOptions) -> list[Finding]:
     if filled and norm != "FrozenBN":
         problem = f"it is {norm or 'no norm'}, but {path} has norms without statistics, which FrozenBN alone can take"
         return [Finding("error", "MODEL.RESNETS.NORM", problem, "set it to FrozenBN, or take other weights")]
-    findings = _contradictions(cfg, source.recipe) + _coverage(cfg, options, source, fit)
-    if not any(finding.severity == "error" for finding in findings) and source.kind and has_sge(cfg, options):
+    findings = contradicted(path, source.recipe.contradictions(cfg)) + fitting(path, source, fit, with_sge=with_sge)
+    if not any(finding.severity == "error" for finding in findings) and source.kind and with_sge:
         sge = {key: state[name] for key, name in fit.filled.items() if is_sge_key(key)}
-        findings += [*_plain(cfg, options, sge), *_frozen(cfg, options, sge)]
+        findings += [*_plain(path, options, sge), *_frozen(cfg, options, sge)]
     return findings
 
 
-def _contradictions(cfg: CfgNode, recipe: Recipe) -> list[Finding]:
+def read_weights(path: str) -> Source:
+    """The weights of a file, as they are loaded.
+
+    Raises:
+        UserError: it cannot be read, or must be converted before it can be loaded.
+    """
+    source = read_source(path, strict=False, weights_of="raw")
+    if source.kind and source.kind not in ("detectron2-backbone", "detectron2-detector", "caffe2"):
+        raise UserError(
+            f"{path} is {source.description}, not Detectron2's format; convert it: "
+            f"tools/convert_weights.py {path} OUTPUT.pth"
+        )
+    return source
+
+
+def contradicted(path: str, found: Mapping[str, tuple[Any, Any]]) -> list[Finding]:
+    """What the weights of ``path`` were trained with and a config is not set to: key -> (has, should have)."""
     # heads adapt to other anchors and poolers where they are trained on
     return [
         Finding(
             "warning" if key in HEADS else "error",
             key,
-            f"it is {have}, but {cfg.MODEL.WEIGHTS} was trained with {want}",
+            f"it is {have}, but {path} was trained with {want}",
             f"set {key} {want}",
         )
-        for key, (have, want) in recipe.contradictions(cfg).items()
+        for key, (have, want) in found.items()
     ]
 
 
-def _coverage(cfg: CfgNode, options: SGEOptions, source: Source, fit: Coverage) -> list[Finding]:
-    path = cfg.MODEL.WEIGHTS
+def fitting(path: str, source: Source, fit: Coverage, *, with_sge: bool) -> list[Finding]:
+    """What is wrong with how the weights of ``path`` fill a model; ``with_sge``: it has SGE."""
     groups = next((shapes for key, shapes in fit.misshapen.items() if is_sge_key(key)), None)
     if groups:
         have, want = groups
@@ -99,7 +114,7 @@ def _coverage(cfg: CfgNode, options: SGEOptions, source: Source, fit: Coverage) 
         findings.append(Finding("warning", "MODEL.SGE", problem, remedy))
     # heads are not looked for in a backbone file, and SGE without any weights has a finding of its own
     has_heads = any(not in_backbone(key) for key in (*fit.filled, *fit.misshapen))
-    is_plain = has_sge(cfg, options) and not any(is_sge_key(key) for key in fit.filled)
+    is_plain = with_sge and not any(is_sge_key(key) for key in fit.filled)
     meant = [key for key in everything if (not (is_plain and is_sge_key(key)) if in_backbone(key) else has_heads)]
     unfilled = [key for key in meant if key not in fit.filled]
     if unfilled:
@@ -113,18 +128,18 @@ def _coverage(cfg: CfgNode, options: SGEOptions, source: Source, fit: Coverage) 
     return findings
 
 
-def _plain(cfg: CfgNode, options: SGEOptions, sge: dict[str, torch.Tensor]) -> list[Finding]:
-    if sge or not options.stages:
-        return []
-    path = cfg.MODEL.WEIGHTS
-    return [
-        Finding(
-            "warning",
-            "MODEL.WEIGHTS",
-            f"{path} has no SGE, and the model does not compute what it was trained for",
-            f"transplant it: tools/convert_weights.py {path} OUTPUT.pth --transplant, or take SGE weights",
-        )
-    ]
+def _plain(path: str, options: SGEOptions, sge: Mapping[str, torch.Tensor]) -> list[Finding]:
+    return [] if sge or not options.stages else [without_sge(path)]
+
+
+def without_sge(path: str) -> Finding:
+    """That plain weights are to fill a model with SGE."""
+    return Finding(
+        "warning",
+        "MODEL.WEIGHTS",
+        f"{path} has no SGE, and the model does not compute what it was trained for",
+        f"transplant it: tools/convert_weights.py {path} OUTPUT.pth --transplant, or take SGE weights",
+    )
 
 
 def _frozen(cfg: CfgNode, options: SGEOptions, sge: dict[str, torch.Tensor] | None) -> list[Finding]:
