@@ -17,9 +17,10 @@ SIZES = [(64, 96), (96, 64), (128, 96), (75, 110)]
 SLIM = ["MODEL.DEVICE", "cpu", "MODEL.RESNETS.DEPTH", "18"]
 
 
-def build(name):
+def build(name, *overrides):
     """A slim detector whose gates are not constant and whose scores differ, so that it finds objects in any order."""
-    cfg = sge_det.get_config(f"sample/{name}_SGE_R_50_FPN.yaml", SLIM)
+    leaf = name if name.endswith(".yaml") else f"sample/{name}_SGE_R_50_FPN.yaml"
+    cfg = sge_det.get_config(leaf, [*SLIM, *overrides])
     model = build_seeded_model(cfg).eval()
     generator = torch.Generator().manual_seed(1)
     for layer in sge_layers(model).values():
@@ -36,7 +37,9 @@ def build(name):
 )
 def test_torchscript_is_the_detector(name, way, tmp_path):
     model = build(name)
+    modules = list(model.modules())
     detector, backbone = export_model(model, tmp_path, "torchscript", sizes=SIZES)
+    assert all(one is other for one, other in zip(modules, model.modules(), strict=True)), "the model is as it was"
     assert detector.way == way and detector.holds and backbone.holds, report([detector, backbone])
     assert {check.size for check in detector.checks} == set(SIZES)
     assert {check.batch for check in backbone.checks} == {1, 2, 3}
@@ -57,6 +60,81 @@ def test_onnx_is_the_detector(tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "detector.onnx", providers=["CPUExecutionProvider"])
     assert [output.name for output in session.get_outputs()] == detector.outputs
     assert detector.outputs == ["pred_boxes", "scores", "pred_classes"]
+
+
+class Sizes(nn.Module):
+    """Something that goes by the size of a map behind SGE, as anchors do."""
+
+    def __init__(self):
+        super().__init__()
+        self.sge = sge_det.SpatialGroupEnhance(4)
+
+    def forward(self, x):
+        y = self.sge(x)
+        return torch.arange(y.shape[2])[:, None] * torch.arange(y.shape[3])
+
+
+def test_no_size_of_a_map_is_fixed_in_onnx(tmp_path):
+    torch.onnx.export(
+        Sizes().eval(),
+        (torch.zeros(1, 8, 6, 5),),
+        tmp_path / "sizes.onnx",
+        dynamo=False,
+        input_names=["x"],
+        dynamic_axes={"x": {0: "n", 2: "h", 3: "w"}},
+    )
+    session = onnxruntime.InferenceSession(tmp_path / "sizes.onnx", providers=["CPUExecutionProvider"])
+    assert session.run(None, {"x": torch.zeros(2, 8, 3, 7).numpy()})[0].shape == (3, 7)
+
+
+SEGMENTED = [
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM",
+    "32",
+    "MODEL.SEM_SEG_HEAD.NUM_CLASSES",
+    "3",
+    "MODEL.FPN.OUT_CHANNELS",
+    "32",
+]
+NARROW = [
+    *("MODEL.RESNETS.RES2_OUT_CHANNELS", "64", "MODEL.RPN.POST_NMS_TOPK_TEST", "50", "MODEL.WEIGHTS", ""),
+    *("MODEL.ROI_BOX_HEAD.FC_DIM", "32", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16", "MODEL.ROI_HEADS.NUM_CLASSES", "4"),
+]
+POINTS = ["MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", "(16,)", "MODEL.ROI_HEADS.NUM_CLASSES", "1"]
+PANOPTIC = "COCO-PanopticSegmentation/panoptic_fpn_SGE_R_50_1x.yaml"
+KEYPOINTS = "COCO-Keypoints/keypoint_rcnn_SGE_R_50_FPN_1x.yaml"
+
+
+@pytest.mark.parametrize(
+    ("leaf", "overrides", "way", "outputs"),
+    [
+        (PANOPTIC, SEGMENTED, "traced", {"pred_masks", "sem_seg"}),
+        ("Misc/semantic_SGE_R_50_FPN_1x.yaml", SEGMENTED, "traced", {"sem_seg"}),
+        (KEYPOINTS, POINTS, "scripted", {"pred_keypoints"}),
+        ("faster_rcnn", ["MODEL.SGE.FPN", "True"], "scripted", {"pred_boxes"}),
+        # an image is smaller than what it is padded to: gates are those of its own pixels
+        ("faster_rcnn", ["MODEL.SGE.IGNORE_PADDING", "True"], "traced", {"pred_boxes"}),
+    ],
+)
+def test_other_models_are_exported(leaf, overrides, way, outputs, tmp_path):
+    narrow = NARROW if leaf.endswith(".yaml") else []
+    model = build(leaf, *narrow, *overrides)
+    detector, backbone = export_model(model, tmp_path, "torchscript", sizes=[SIZES[0], SIZES[3]])
+    assert detector.holds and backbone.holds, report([detector, backbone])
+    assert detector.way == way and outputs <= set(detector.outputs)
+
+
+class Whole(nn.Module):
+    """A model of a project's own around a backbone of ours."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+
+def test_of_an_unknown_model_the_backbone_is_exported(tmp_path):
+    model = Whole(build("retinanet").backbone)
+    detector, backbone = export_model(model, tmp_path, "torchscript", sizes=SIZES[:2])
+    assert backbone.holds and not detector.file and "Whole is not exported whole" in detector.reason
 
 
 def test_what_cannot_be_exported_is_told_and_the_backbone_is(tmp_path, monkeypatch):
