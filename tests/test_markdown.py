@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from sge_det.gain.report import Table
+from sge_det.gain.tables import Table
 from sge_det.markdown import escape, escape_line
 
 HOSTILE = [

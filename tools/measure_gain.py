@@ -47,12 +47,12 @@ from sge_det.gain.classified import METRICS as CLASSIFIED
 from sge_det.gain.cluster import KINDS
 from sge_det.gain.inference import MARGIN
 from sge_det.gain.looks import FIRST_SEEDS, MOST_SEEDS
+from sge_det.gain.parts import DIFFERENCE, TASK_NAMES
 from sge_det.gain.plan import declare, declared
 from sge_det.gain.power import check_wanted, from_pilot, in_words, published, tables
 from sge_det.gain.power import given as given_spread
-from sge_det.gain.report import metric_table
 from sge_det.gain.run import Run
-from sge_det.gain.verdict import DIFFERENCE, TASK_NAMES
+from sge_det.gain.tables import metric_table
 
 
 def parser() -> argparse.ArgumentParser:
@@ -416,11 +416,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.figures:
         write_figures(Path(args.output), measurement)
     report = measurement.report
-    for task in report["tasks"]:
+    for task in report.tasks:
         print(
             f"\n{TASK_NAMES[task].capitalize()} metrics, in points (0-100)\n\n{metric_table(report, task).markdown()}"
         )
-    print(f"\n{report['verdict']}\n\nReport: {(Path(args.output) / 'report.html').resolve()}")
+    print(f"\n{report.verdict}\n\nReport: {(Path(args.output) / 'report.html').resolve()}")
 
 
 if __name__ == "__main__":

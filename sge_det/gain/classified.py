@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..evaluation.bootstrap import image_weights
 from .input import equal_files, result_files
 from .measurement import Measurement, check_question, compared
-from .verdict import Question
+from .parts import Question
 
 TASK = "classification"
 METRICS = ("top1", "top5")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_json
+from .parts import Cost
 
 STRETCHES_FILE = "stretches.json"
 # A run writes them as it goes on, so that the last one written tells when one that was killed was last alive.
@@ -52,23 +53,21 @@ def end(folder: Path) -> dict[str, Any]:
     }
 
 
-def of_arm(results: Sequence[dict]) -> dict[str, float]:
+def of_arm(results: Sequence[dict]) -> Cost:
     """What the runs of an arm cost together.
 
     Args:
         results: what their ``result.json`` hold.
-
-    Returns:
-        ``{"runs", "hours", "gpu_hours", "core_hours"}``: hours of wall time, and of the GPUs or cores that they kept
-        busy; NaN where a run was made before that was recorded.
     """
-    hours = {"runs": len(results), "hours": sum(result["seconds"] for result in results) / 3600}
-    for key, unit in (("gpu_hours", "GPU"), ("core_hours", "core")):
+
+    def hours(unit: str) -> float:
         known = (
             result["device_seconds"].get(unit, 0.0) if "device_seconds" in result else math.nan for result in results
         )
-        hours[key] = sum(known) / 3600
-    return hours
+        return sum(known) / 3600
+
+    wall = sum(result["seconds"] for result in results) / 3600
+    return Cost(len(results), wall, gpu_hours=hours("GPU"), core_hours=hours("core"))
 
 
 def _closed(stretches: list[dict], now: float) -> list[dict]:

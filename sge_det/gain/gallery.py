@@ -44,14 +44,18 @@ class GalleryImage:
     png: bytes
 
 
-def most_different(measurement: Measurement, name: str, truth: GroundTruth, count: int) -> list[tuple[int, int]]:
+def most_different(
+    reference: Sequence[Mapping[int, float]], arm: Sequence[Mapping[int, float]], truth: GroundTruth, count: int
+) -> list[tuple[int, int]]:
     """The images with objects whose AP50, mean over the seeds, differs most between an arm and the reference.
+
+    Args:
+        reference, arm: for each seed AP50 by image id.
 
     Returns:
         ``count`` pairs at most: the image's id, and the place of the seed that shows the difference most clearly.
     """
-    arms = measurement.image_scores[measurement.report["tasks"][0]]
-    pairs = list(zip(arms[name], arms[measurement.report["reference"]]))
+    pairs = list(zip(arm, reference, strict=True))
     with_objects = sorted({entry["image_id"] for entry in truth.annotations if not entry.get("iscrowd")})
     by_seed = {
         image: [ours[image] - theirs[image] for ours, theirs in pairs]
@@ -85,9 +89,9 @@ def gallery(
         UserError: an image cannot be read.
     """
     report = measurement.report
-    arms = (report["reference"], name)
-    scores = measurement.image_scores[report["tasks"][0]]
-    chosen = most_different(measurement, name, truth, count)
+    arms = (report.reference, name)
+    scores = measurement.image_scores[report.task]
+    chosen = most_different(*(scores[arm] for arm in arms), truth, count)
     found = {
         (arm, place): _shown(truth.read_detections(files[arm][place]), [image for image, of in chosen if of == place])
         for arm in arms
@@ -101,7 +105,7 @@ def gallery(
             photo = scaled_image(path).convert("RGB")
         except OSError as error:
             raise UserError(f"the image {path} cannot be read: {error}") from error
-        draw = functools.partial(_panel, photo, size=(info["width"], info["height"]), masks="segm" in report["tasks"])
+        draw = functools.partial(_panel, photo, size=(info["width"], info["height"]), masks="segm" in report.tasks)
         entries = truth.annotations_of(image_id)
         objects = [entry for entry in entries if not entry.get("iscrowd")]
         panels = [draw("ground truth", [_Mark(_OBJECT, truth.categories[e["category_id"]], e) for e in objects])]
@@ -118,7 +122,7 @@ def gallery(
         buffer = io.BytesIO()
         sheet.save(buffer, "PNG", optimize=True)
         reference, own = ([by_image[image_id] * 100 for by_image in scores[arm]] for arm in arms)
-        seed = report["seeds"][place]
+        seed = report.seeds[place]
         pictures.append(GalleryImage(info["file_name"], seed, reference, own, place, buffer.getvalue()))
     return pictures
 

@@ -1,9 +1,8 @@
 """Seeds that are added one at a time until the answer is in, with error rates that hold under that looking."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..errors import UserError
 from .inference import ALPHA, sequential_levels
@@ -60,15 +59,16 @@ class Looks:
         for count, level in zip(counts, sequential_levels(counts, ALPHA / comparisons), strict=True):
             yield count, comparisons * level
 
-    def answered(self, report: Mapping[str, Any]) -> bool:
-        """Whether the verdicts on the declared metric, which were taken at a look's level, end the looking.
+    def answered(self, outcomes: Sequence[str], widths: Sequence[float]) -> bool:
+        """Whether the verdicts of a look end the looking.
 
-        Whether they are primary is another matter: a rule that was not declared ends all the same.
+        Args:
+            outcomes: of all arms on the declared metric, at the look's level.
+            widths: of the intervals that they stand on, AP points; NaN for none.
         """
-        asked = [verdict for verdict in report["verdicts"] if verdict["task"] == report["question"]["task"]]
         if self.decide:
-            return all(verdict["outcome"] != "undecided" for verdict in asked)
-        return all(verdict["high"] - verdict["low"] <= self.until for verdict in asked)
+            return "undecided" not in outcomes
+        return all(width <= self.until for width in widths)
 
     def in_words(self) -> str:
         """The rule, as a report tells it."""

@@ -4,9 +4,8 @@ import contextlib
 import gc
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import hotcoco
 import numpy as np
@@ -31,8 +30,8 @@ from .inference import (
 )
 from .input import GroundTruth, equal_files, has_masks, result_files, tasks_of
 from .origins import origins
-from .schema import SCHEMA
-from .verdict import DECLARED, Evidence, Question, gates_sentence, judge
+from .parts import DECLARED, Bounds, Difference, Intervals, Question, Report, Score, Verdict
+from .verdict import Evidence, gates_sentence, judge
 
 # Fewer samples of the images than these tell a standard error too badly.
 _LEAST_SAMPLES = 200
@@ -43,14 +42,14 @@ class Measurement:
     """A comparison in numbers.
 
     Attributes:
-        report: what report.json holds (docs/measuring.md has the schema); NaN where JSON has null.
+        report: what ``report.json`` holds.
         curves: by task, arm: for each seed the precisions (0-1) at the recalls ``curves["recall"]`` for IoU 0.5 and
             0.75: ``{"0.50": [...], "0.75": [...]}``.
         image_scores: by task, arm: for each seed AP50 (0-1) by image id.
         learning: by arm and seed, what the run logged (``Run.curves``), where arms were trained.
     """
 
-    report: dict[str, Any]
+    report: Report
     recall: list[float] = field(default_factory=list)
     curves: dict[str, dict[str, list[dict[str, list[float]]]]] = field(default_factory=dict)
     image_scores: dict[str, dict[str, list[dict[int, float]]]] = field(default_factory=dict)
@@ -122,10 +121,7 @@ def measure(
     seeds = list(range(count)) if seeds is None else list(seeds)
     given = result_files(detections, seeds)
     notes = equal_files(given)
-    found: dict[str, dict[str, list]] = {}
-    matches: dict[str, dict[str, list[Matches]]] = {}
-    errors: dict[str, dict[str, list[Errors]]] = {}
-    result = Measurement(report={})
+    runs: dict[str, dict[str, list[_Evaluated]]] = {}
     tasks = tasks_of(truth, given)
     objects = {task: Objects(truth.coco, task, truth.content) for task in tasks} if bootstrap else {}
     with tqdm(total=len(given), desc="metrics", unit="run", leave=False) as bar:
@@ -135,19 +131,16 @@ def measure(
             for task in tasks:
                 if task == "segm" and boxes and not has_masks(boxes):
                     raise UserError(f"{file.path} has no masks, but others have: compare like with like")
-                evaluation = evaluate_detections(truth.coco, boxes, task)
-                found.setdefault(task, {}).setdefault(file.arm, []).append(coco_metrics(evaluation))
-                errors.setdefault(task, {}).setdefault(file.arm, []).append(errors_of(evaluation))
-                _collect(result, task, file.arm, evaluation, images)
+                run = _evaluated(evaluate_detections(truth.coco, boxes, task), images)
                 if bootstrap:
-                    matches.setdefault(task, {}).setdefault(file.arm, []).append(objects[task].match(boxes))
+                    run = replace(run, matches=objects[task].match(boxes))
+                runs.setdefault(task, {}).setdefault(file.arm, []).append(run)
             bar.update()
     if any(entry["id"] == 0 for entry in truth.annotations):
         notes.append("An annotation has the id 0: pycocotools counts a match to it as none, here it is one.")
-    samples = _bootstrap(matches, len(truth.images), bootstrap)
-    result.report = compared(
-        found,
-        samples,
+    report = compared(
+        _each(runs, "metrics"),
+        _bootstrap(_each(runs, "matches"), len(truth.images), bootstrap),
         seeds=seeds,
         images=len(truth.images),
         bootstrap=bootstrap,
@@ -157,10 +150,41 @@ def measure(
         notes=notes,
     )
     names = [name.removeprefix("AP-") for name in metric_names(truth.content["categories"])[len(METRICS) :]]
-    result.report["origins"] = origins(
-        {task: {name: errors[task][name] for name in detections} for task in tasks}, names, paired=question.paired
+    report = replace(report, origins=origins(_each(runs, "errors"), names, paired=question.paired))
+    image_scores = _each(runs, "image_scores") if images else {}
+    return Measurement(report, run.recall, _each(runs, "curves"), image_scores)
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """What is kept of the evaluation of a run; see :class:`Measurement`."""
+
+    metrics: dict[str, float]
+    errors: Errors
+    recall: list[float]
+    curves: dict[str, list[float]]
+    image_scores: dict[int, float]
+    matches: Matches | None = None
+
+
+def _evaluated(evaluation: hotcoco.COCOeval, images: bool) -> _Evaluated:
+    curves = evaluation.report()["curves"]
+    scores = evaluation.image_diagnostics()["img_summary"] if images else {}
+    return _Evaluated(
+        coco_metrics(evaluation),
+        errors_of(evaluation),
+        curves["rec_thrs"],
+        {iou: curves[f"pr@{iou}"] for iou in ("0.50", "0.75")},
+        {image: summary["ap"] for image, summary in scores.items()},
     )
-    return result
+
+
+def _each(runs: Mapping[str, Mapping[str, Sequence[_Evaluated]]], part: str) -> dict[str, dict[str, list]]:
+    """A part of each run, by task and arm."""
+    return {
+        task: {name: [getattr(run, part) for run in of_arm] for name, of_arm in arms.items()}
+        for task, arms in runs.items()
+    }
 
 
 def compared(
@@ -174,7 +198,7 @@ def compared(
     level: float = ALPHA,
     gates: Mapping[str, Mapping[int, dict]] | None = None,
     notes: Sequence[str] = (),
-) -> dict[str, Any]:
+) -> Report:
     """The report on metrics of whatever kind.
 
     Args:
@@ -186,40 +210,37 @@ def compared(
     """
     tasks = list(found)
     reference, *others = names = list(found[tasks[0]])
-    report = {"schema": SCHEMA, "reference": reference, "seeds": seeds, "tasks": tasks}
-    report |= {"images": images, "confidence": CONFIDENCE, "bootstrap_samples": bootstrap}
-    report["question"] = asdict(question) | {"task": tasks[0]}
-    report["arms"] = {name: {"seeds": seeds} | {task: _summary(found[task][name]) for task in tasks} for name in names}
-    report["differences"] = {name: {} for name in others}
-    report["gates"] = {name: {str(seed): stages for seed, stages in of.items()} for name, of in (gates or {}).items()}
-    report["verdicts"] = []
+    by_seed = {name: {str(seed): stages for seed, stages in of.items()} for name, of in (gates or {}).items()}
+    differences: dict[str, dict[str, dict[str, Difference]]] = {name: {} for name in others}
+    verdicts: list[Verdict] = []
     for task in tasks:
         evidence = {}
         for name in others:
             pair = [found[task][of] for of in (reference, name)]
             drawn = [samples[task][of] if samples else None for of in (reference, name)]
-            report["differences"][name][task], of_arm = _differences(*pair, *drawn, images, question.paired)
+            differences[name][task], of_arm = _differences(*pair, *drawn, images, question.paired)
             evidence[name] = of_arm[question.metric]
         primary = task == tasks[0]
-        report["verdicts"] += judge(
+        verdicts += judge(
             evidence, reference, task, question.metric, question, primary=primary, bootstrap=bootstrap, level=level
         )
-    report["notes"] = list(notes)
-    sentences = [verdict["sentence"] for verdict in report["verdicts"]]
-    sentences += [gates_sentence(report, name) for name in names]
-    report["verdict"] = "\n".join(sentence for sentence in (*sentences, *notes) if sentence)
-    return report
-
-
-def _collect(result: Measurement, task: str, name: str, evaluation: hotcoco.COCOeval, images: bool) -> None:
-    curves = evaluation.report()["curves"]
-    result.recall = curves["rec_thrs"]
-    by_seed = result.curves.setdefault(task, {}).setdefault(name, [])
-    by_seed.append({iou: curves[f"pr@{iou}"] for iou in ("0.50", "0.75")})
-    if not images:
-        return
-    scores = {image: summary["ap"] for image, summary in evaluation.image_diagnostics()["img_summary"].items()}
-    result.image_scores.setdefault(task, {}).setdefault(name, []).append(scores)
+    sentences = [verdict.sentence for verdict in verdicts]
+    sentences += [gates_sentence(name, by_seed.get(name, {}), is_reference=name == reference) for name in names]
+    return Report(
+        reference=reference,
+        seeds=tuple(seeds),
+        tasks=tuple(tasks),
+        images=images,
+        confidence=CONFIDENCE,
+        bootstrap_samples=bootstrap,
+        question=question,
+        arms={name: {task: _scores(found[task][name]) for task in tasks} for name in names},
+        differences=differences,
+        gates=by_seed,
+        verdicts=tuple(verdicts),
+        notes=tuple(notes),
+        verdict="\n".join(sentence for sentence in (*sentences, *notes) if sentence),
+    )
 
 
 def _bootstrap(
@@ -238,13 +259,13 @@ def _bootstrap(
     return found
 
 
-def _summary(by_seed: Sequence[dict[str, float]]) -> dict[str, dict]:
-    summary = {}
+def _scores(by_seed: Sequence[dict[str, float]]) -> dict[str, Score]:
+    scores = {}
     for metric in by_seed[0]:
-        values = [metrics[metric] for metrics in by_seed]
+        values = tuple(metrics[metric] for metrics in by_seed)
         sd = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-        summary[metric] = {"mean": float(np.mean(values)), "sd": sd, "values": values}
-    return summary
+        scores[metric] = Score(float(np.mean(values)), sd, values)
+    return scores
 
 
 def _differences(
@@ -254,8 +275,8 @@ def _differences(
     arm_samples: np.ndarray | None,
     images: int,
     paired: bool,
-) -> tuple[dict[str, dict], dict[str, Evidence]]:
-    """By metric, a difference as report.json holds it, and what a verdict needs of it."""
+) -> tuple[dict[str, Difference], dict[str, Evidence]]:
+    """By metric, a difference, and what a verdict needs of it."""
     differences, evidence = {}, {}
     for place, metric in enumerate(reference[0]):
         theirs, ours = ([metrics[metric] for metrics in by_seed] for by_seed in (reference, arm))
@@ -268,19 +289,14 @@ def _differences(
             of_images = [image_interval(value, sample, images) for value, sample in zip(values, b - a)]
             over_images = image_interval(float(values.mean()), (b - a).mean(0), images)
             both = both_interval(theirs, ours, a, b, images, paired=paired)
-        found = {"seeds": seeds, "welch": welch, "images": over_images, "both": both}
-        differences[metric] = {
-            "mean": float(values.mean()),
-            "values": values.tolist(),
-            "seed_correlation": seed_correlation(theirs, ours),
-            "intervals": {name: _bounds(interval) for name, interval in found.items()},
-            "images_by_seed": [_bounds(interval) for interval in of_images],
-            "probability_of_improvement": probability_of_improvement(theirs, ours),
-            "effect_size": effect_size(theirs, ours),
-        }
+        differences[metric] = Difference(
+            float(values.mean()),
+            tuple(values.tolist()),
+            seed_correlation(theirs, ours),
+            Intervals(*map(Bounds.of, (seeds, welch, over_images, both))),
+            tuple(map(Bounds.of, of_images)),
+            probability_of_improvement(theirs, ours),
+            effect_size(theirs, ours),
+        )
         evidence[metric] = Evidence(theirs, ours, seeds if paired else welch, both, images)
     return differences, evidence
-
-
-def _bounds(interval: Interval | None) -> dict[str, float] | None:
-    return {"low": interval.low, "high": interval.high} if interval else None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..errors import UserError
 from ..files import make_folder, write_json
 from .looks import Look, Looks
-from .verdict import Question
+from .parts import Question
 
 if TYPE_CHECKING:
     from .matrix import Matrix
@@ -152,6 +152,17 @@ def departures(
         sentence = f"The plan was written when there were runs already: {', '.join(plan['finished_before'])}."
         found.append(Departure(sentence, exploratory=False))
     return found
+
+
+def in_words(plan: dict) -> str:
+    """What was declared, as a report tells it."""
+    looks = plan.get("looks")
+    adding = f"; {Looks(**looks).in_words()}" if isinstance(looks, dict) else ""
+    return (
+        f"primary metric {plan.get('metric')}, margin {plan.get('margin')} points, "
+        f"{'paired by seed' if plan.get('paired') else 'not paired'}, arms {', '.join(plan['arms'])}, reference "
+        f"{plan.get('reference', 'the first')}, seeds {', '.join(map(str, plan['seeds']))}{adding}"
+    )
 
 
 def _apart(declared: Sequence, done: Sequence) -> tuple[str, str]:

@@ -13,7 +13,8 @@ from ..analysis.figures import COLORS
 from ..evaluation.coco import METRICS
 from ..evaluation.error_kinds import CALIBRATION, CONFUSION, TIDE
 from .measurement import Measurement
-from .verdict import TASK_NAMES
+from .parts import TASK_NAMES, Report
+from .tables import decisive
 
 # The other arms have Okabe and Ito's palette.
 REFERENCE_COLOR = "#5a5a5a"
@@ -28,44 +29,38 @@ _MOST_CATEGORIES = 30
 Curves = Mapping[str, Mapping[int, Mapping[str, Sequence[tuple[int, float]]]]]
 
 
-def arm_color(report: dict, name: str) -> str:
+def arm_color(report: Report, name: str) -> str:
     """The colour of an arm in all pictures."""
-    place = list(report["arms"]).index(name)
+    place = list(report.arms).index(name)
     return REFERENCE_COLOR if place == 0 else COLORS[(place - 1) % len(COLORS)]
 
 
-def _marker(report: dict, name: str) -> str:
-    return _MARKERS[list(report["arms"]).index(name) % len(_MARKERS)]
+def _marker(report: Report, name: str) -> str:
+    return _MARKERS[list(report.arms).index(name) % len(_MARKERS)]
 
 
-def main_metric(report: dict) -> str:
-    """What the runs' dots and curves are of."""
-    metrics = report["arms"][report["reference"]][report["tasks"][0]]
-    return "AP" if "AP" in metrics else next(iter(metrics))
-
-
-def summary_metrics(report: dict, task: str) -> list[str]:
+def summary_metrics(report: Report, task: str) -> list[str]:
     """The metrics of all categories together."""
-    metrics = list(report["arms"][report["reference"]][task])
+    metrics = list(report.arms[report.reference][task])
     return [metric for metric in metrics if metric in METRICS] or metrics
 
 
 @_STYLE
-def forest(report: dict) -> Figure:
+def forest(report: Report) -> Figure:
     """Differences from the reference with their intervals, for each metric and arm."""
-    primary = report["question"]["metric"]
-    rows = summary_metrics(report, report["tasks"][0])
+    primary = report.question.metric
+    rows = summary_metrics(report, report.tasks[0])
     rows = rows if primary in rows else [primary, *rows]
-    arms = list(report["differences"])
+    arms = list(report.differences)
     step = 0.8 / len(arms)
-    figure, axes = _figure(1.6 + len(rows) * max(0.42, 0.24 * len(arms)), len(report["tasks"]), sharey=True)
-    for ax, task in zip(axes, report["tasks"]):
+    figure, axes = _figure(1.6 + len(rows) * max(0.42, 0.24 * len(arms)), len(report.tasks), sharey=True)
+    for ax, task in zip(axes, report.tasks):
         for number, name in enumerate(arms):
             color = arm_color(report, name)
             for row, metric in enumerate(rows):
-                difference = report["differences"][name][task][metric]
+                difference = report.differences[name][task][metric]
                 y = row - 0.4 + step * (number + 0.5)
-                if math.isnan(difference["mean"]):
+                if math.isnan(difference.mean):
                     if number == 0:
                         ax.text(
                             0,
@@ -78,19 +73,18 @@ def forest(report: dict) -> Figure:
                             backgroundcolor="white",
                         )
                     continue
-                low, high = interval(report, difference)
-                if not math.isnan(low):
-                    ax.plot([low, high], [y, y], color=color, lw=3.5, alpha=0.55, solid_capstyle="butt")
-                if len(difference["values"]) > 1:
-                    ax.plot(difference["values"], [y] * len(difference["values"]), ".", color=color, ms=7, alpha=0.8)
+                if found := decisive(report, difference):
+                    ax.plot([found.low, found.high], [y, y], color=color, lw=3.5, alpha=0.55, solid_capstyle="butt")
+                if len(difference.values) > 1:
+                    ax.plot(difference.values, [y] * len(difference.values), ".", color=color, ms=7, alpha=0.8)
                 label = name if row == 0 else None
                 marker = _marker(report, name)
-                ax.plot(difference["mean"], y, marker, color=color, ms=9, mec="white", mew=1.2, label=label, zorder=4)
-                text = f"{difference['mean']:+.1f}"
+                ax.plot(difference.mean, y, marker, color=color, ms=9, mec="white", mew=1.2, label=label, zorder=4)
+                text = f"{difference.mean:+.1f}"
                 ax.annotate(text, (1.01, y), xycoords=("axes fraction", "data"), va="center", color=color)
         ax.axvline(0, color="black", lw=1, zorder=0)
         ax.set_title(TASK_NAMES[task])
-        ax.set_xlabel(f"difference from {report['reference']} (points)")
+        ax.set_xlabel(f"difference from {report.reference} (points)")
         ax.grid(axis="x", alpha=0.3)
         for edge in range(1, len(rows)):
             ax.axhline(edge - 0.5, color="#dddddd", lw=0.8, zorder=0)
@@ -101,36 +95,13 @@ def forest(report: dict) -> Figure:
     return figure
 
 
-def interval_name(report: dict) -> str:
-    """What the intervals of the pictures are over: new seeds and new images, if those are there."""
-    percent = f"{report['confidence']:.0%}"
-    several, drawn = len(report["seeds"]) > 1, report["bootstrap_samples"]
-    if several and drawn:
-        return f"{percent} interval over new seeds and new images"
-    if several:
-        return f"{percent} interval over new seeds, for these images"
-    if drawn:
-        return f"{percent} interval over new images, for these detectors"
-    return "no interval: one seed and no bootstrap"
-
-
-def interval(report: dict, difference: dict) -> tuple[float, float]:
-    """The interval of a difference that :func:`interval_name` names, in points; (nan, nan) where there is none."""
-    several, drawn = len(report["seeds"]) > 1, report["bootstrap_samples"]
-    paired = report.get("question", {}).get("paired", True)
-    over_seeds = "seeds" if paired else "welch"
-    name = ("both" if drawn else over_seeds) if several else "images"
-    found = difference["intervals"][name]
-    return (found["low"], found["high"]) if found else (math.nan, math.nan)
-
-
 @_STYLE
-def ap_by_arm(report: dict) -> Figure:
+def ap_by_arm(report: Report) -> Figure:
     """AP or top-1 of each arm, a dot for each seed; thin lines join the runs of a seed."""
-    names, metric = list(report["arms"]), main_metric(report)
-    figure, axes = _figure(4.6, len(report["tasks"]))
-    for ax, task in zip(axes, report["tasks"]):
-        values = np.array([report["arms"][name][task][metric]["values"] for name in names])
+    names, metric = list(report.arms), report.main_metric
+    figure, axes = _figure(4.6, len(report.tasks))
+    for ax, task in zip(axes, report.tasks):
+        values = np.array([report.arms[name][task][metric].values for name in names])
         ax.plot(values, color="#bbbbbb", lw=1, zorder=1)
         for place, name in enumerate(names):
             color, marker = arm_color(report, name), _marker(report, name)
@@ -148,12 +119,12 @@ def ap_by_arm(report: dict) -> Figure:
 
 
 @_STYLE
-def category_differences(report: dict) -> Figure:
+def category_differences(report: Report) -> Figure:
     """Differences from the reference by category; of many categories the best and the worst."""
-    arms, tasks = list(report["differences"]), report["tasks"]
-    first = report["differences"][arms[0]][tasks[0]]
-    names = [metric for metric in first if metric.startswith("AP-") and not math.isnan(first[metric]["mean"])]
-    names.sort(key=lambda metric: -first[metric]["mean"])
+    arms, tasks = list(report.differences), report.tasks
+    first = report.differences[arms[0]][tasks[0]]
+    names = [metric for metric in first if metric.startswith("AP-") and not math.isnan(first[metric].mean)]
+    names.sort(key=lambda metric: -first[metric].mean)
     all_of_them = len(names)
     if len(names) > _MOST_CATEGORIES:
         names = names[: _MOST_CATEGORIES // 2] + names[-_MOST_CATEGORIES // 2 :]
@@ -163,17 +134,17 @@ def category_differences(report: dict) -> Figure:
         for number, name in enumerate(arms):
             color, marker = arm_color(report, name), _marker(report, name)
             for row, metric in enumerate(names):
-                difference = report["differences"][name][task][metric]
+                difference = report.differences[name][task][metric]
                 y = row - 0.4 + step * (number + 0.5)
-                ax.plot([0, difference["mean"]], [y, y], color=color, lw=2, alpha=0.45)
-                if len(difference["values"]) > 1:
-                    ax.plot(difference["values"], [y] * len(difference["values"]), ".", color=color, ms=6, alpha=0.8)
+                ax.plot([0, difference.mean], [y, y], color=color, lw=2, alpha=0.45)
+                if len(difference.values) > 1:
+                    ax.plot(difference.values, [y] * len(difference.values), ".", color=color, ms=6, alpha=0.8)
                 label = name if row == 0 else None
-                ax.plot(difference["mean"], y, marker, color=color, ms=8, mec="white", mew=1, label=label)
+                ax.plot(difference.mean, y, marker, color=color, ms=8, mec="white", mew=1, label=label)
         ax.axvline(0, color="black", lw=1, zorder=0)
         of_all = f", {len(names)} of {all_of_them} categories" if len(names) < all_of_them else ""
         ax.set_title(TASK_NAMES[task] + of_all)
-        ax.set_xlabel(f"AP difference from {report['reference']} (points)")
+        ax.set_xlabel(f"AP difference from {report.reference} (points)")
         ax.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(names)), [metric.removeprefix("AP-") for metric in names])
     axes[0].set_ylim(len(names) - 0.5, -0.5)
@@ -182,30 +153,29 @@ def category_differences(report: dict) -> Figure:
 
 
 @_STYLE
-def error_differences(report: dict) -> Figure:
+def error_differences(report: Report) -> Figure:
     """Differences from the reference by kind of error, with their intervals over the seeds."""
     rows = TIDE | CALIBRATION | CONFUSION
-    arms = list(report["differences"])
+    arms = list(report.differences)
     step = 0.8 / len(arms)
-    figure, axes = _figure(1.6 + len(rows) * max(0.42, 0.24 * len(arms)), len(report["tasks"]), sharey=True)
-    for ax, task in zip(axes, report["tasks"]):
+    figure, axes = _figure(1.6 + len(rows) * max(0.42, 0.24 * len(arms)), len(report.tasks), sharey=True)
+    for ax, task in zip(axes, report.tasks):
         for number, name in enumerate(arms):
             color, marker = arm_color(report, name), _marker(report, name)
             for row, kind in enumerate(rows):
-                difference = report["origins"]["differences"][name][task][kind]
+                difference = report.origins.differences[name][task][kind]
                 y = row - 0.4 + step * (number + 0.5)
-                if difference["interval"]:
-                    bounds = [difference["interval"]["low"], difference["interval"]["high"]]
-                    ax.plot(bounds, [y, y], color=color, lw=3.5, alpha=0.55, solid_capstyle="butt")
-                if len(difference["values"]) > 1:
-                    ax.plot(difference["values"], [y] * len(difference["values"]), ".", color=color, ms=7, alpha=0.8)
+                if found := difference.interval:
+                    ax.plot([found.low, found.high], [y, y], color=color, lw=3.5, alpha=0.55, solid_capstyle="butt")
+                if len(difference.values) > 1:
+                    ax.plot(difference.values, [y] * len(difference.values), ".", color=color, ms=7, alpha=0.8)
                 label = name if row == 0 else None
-                ax.plot(difference["mean"], y, marker, color=color, ms=9, mec="white", mew=1.2, label=label, zorder=4)
+                ax.plot(difference.mean, y, marker, color=color, ms=9, mec="white", mew=1.2, label=label, zorder=4)
         ax.axvline(0, color="black", lw=1, zorder=0)
         for edge in (len(TIDE), len(TIDE) + len(CALIBRATION)):
             ax.axhline(edge - 0.5, color="#888888", lw=0.8, zorder=0)
         ax.set_title(TASK_NAMES[task])
-        ax.set_xlabel(f"difference from {report['reference']} (points)")
+        ax.set_xlabel(f"difference from {report.reference} (points)")
         ax.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(rows)), rows.values())
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
@@ -214,11 +184,11 @@ def error_differences(report: dict) -> Figure:
 
 
 @_STYLE
-def learning_curves(report: dict, curves: Curves) -> Figure:
+def learning_curves(report: Report, curves: Curves) -> Figure:
     """Training loss and validation AP over the iterations, or top-1 over the epochs, a line for each run."""
-    metric = main_metric(report)
-    keys = ["total_loss", *(f"{task}/{metric}" for task in report["tasks"])]
-    labels = ["training loss", *(f"{TASK_NAMES[task]} {metric} (points)" for task in report["tasks"])]
+    metric = report.main_metric
+    keys = ["total_loss", *(f"{task}/{metric}" for task in report.tasks)]
+    labels = ["training loss", *(f"{TASK_NAMES[task]} {metric} (points)" for task in report.tasks)]
     if metric != "AP":
         keys, labels = keys[1:], labels[1:]
     figure, axes = _figure(4.4, len(keys))
@@ -242,14 +212,14 @@ def learning_curves(report: dict, curves: Curves) -> Figure:
 def precision_recall(measurement: Measurement) -> Figure:
     """Precision over recall at IoU 0.5 and 0.75, mean over the categories; thin lines are the seeds."""
     report = measurement.report
-    panels = [(task, iou) for task in report["tasks"] for iou in ("0.50", "0.75")]
-    rows = len(report["tasks"])
+    panels = [(task, iou) for task in report.tasks for iou in ("0.50", "0.75")]
+    rows = len(report.tasks)
     figure, axes = _figure(4.4 * rows, 2, rows, sharey=True, sharex=True)
     for ax, (task, iou) in zip(axes, panels):
         for name, by_seed in measurement.curves[task].items():
             color = arm_color(report, name)
             lines = np.array([curve[iou] for curve in by_seed])
-            dashes = "--" if name == report["reference"] else "-"
+            dashes = "--" if name == report.reference else "-"
             if len(lines) > 1:
                 ax.plot(measurement.recall, lines.T, color=color, lw=0.8, alpha=0.4)
             ax.plot(measurement.recall, lines.mean(0), dashes, color=color, lw=2.4, label=name)

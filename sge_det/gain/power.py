@@ -19,8 +19,10 @@ from .inference import (
     power,
     seeds_needed,
 )
-from .report import Table
+from .parts import Difference, Report
 from .run import RESULT_FILE
+from .schema import read_report
+from .tables import Table
 
 # Standard deviations of an arm's box AP over seeds, in AP points.
 PUBLISHED = (
@@ -132,40 +134,37 @@ def from_pilot(path: str | Path, metric: str = "AP", *, paired: bool = True) -> 
     path = Path(path)
     file = path / "report.json" if path.is_dir() else path
     try:
-        return _outlooks(json.loads(file.read_bytes()), file, metric, paired)
-    except OSError as error:
-        raise UserError(f"--pilot {file} cannot be read: {error.strerror}") from error
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise UserError(f"--pilot {file} cannot be read: it is no report.json of measure_gain") from error
+        report = read_report(file)
+    except UserError as error:
+        raise UserError(f"--pilot {error}") from error
+    return _outlooks(report, file, metric, paired)
 
 
-def _outlooks(report: dict, file: Path, metric: str, paired: bool) -> list[Outlook]:
-    task, reference, seeds, images = report["tasks"][0], report["reference"], report["seeds"], report["images"]
-    theirs = report["arms"][reference][task]
+def _outlooks(report: Report, file: Path, metric: str, paired: bool) -> list[Outlook]:
+    theirs = report.arms[report.reference][report.task]
     if metric not in theirs:
         raise UserError(f"--metric {metric} is none of the pilot's: {', '.join(list(theirs)[:40])}")
-    if len(seeds) < 2:
+    if not report.several:
         raise UserError(f"--pilot {file} has one seed, which shows no spread: give it two at least, or --sd")
     found = []
-    for arm, tasks in report["differences"].items():
-        a, b = theirs[metric]["values"], report["arms"][arm][task][metric]["values"]
-        if None in a or None in b:
+    for arm, tasks in report.differences.items():
+        a, b = theirs[metric].values, report.arms[arm][report.task][metric].values
+        if not all(map(math.isfinite, (*a, *b))):
             raise UserError(f"--pilot {file}: {metric} is absent in it")
-        design = replace(
-            measured_design(a, b, None, images, paired=paired), image_error=_image_error(tasks[task][metric], images)
-        )
+        design = measured_design(a, b, None, report.images, paired=paired)
         if not (design.reference_sd or design.arm_sd):
-            raise UserError(f"--pilot {file}: all seeds of {reference} and {arm} are equal, which shows no spread")
-        hours = _hours(file.parent, (reference, arm), seeds)
-        found.append(Outlook(f"{arm} - {reference}, {metric}", design, hours, len(seeds)))
+            raise UserError(
+                f"--pilot {file}: all seeds of {report.reference} and {arm} are equal, which shows no spread"
+            )
+        design = replace(design, image_error=_image_error(tasks[report.task][metric], report.images))
+        hours = _hours(file.parent, (report.reference, arm), report.seeds)
+        found.append(Outlook(f"{arm} - {report.reference}, {metric}", design, hours, len(report.seeds)))
     return found
 
 
-def _image_error(difference: dict, images: int) -> float:
-    bounds = (difference.get("intervals") or {}).get("images")
-    return (bounds["high"] - bounds["low"]) / 2 / float(stdtrit(images - 1, 0.975)) if bounds else 0.0
+def _image_error(difference: Difference, images: int) -> float:
+    bounds = difference.intervals.images
+    return (bounds.high - bounds.low) / 2 / float(stdtrit(images - 1, 0.975)) if bounds else 0.0
 
 
 def _hours(folder: Path, arms: Sequence[str], seeds: Sequence[int]) -> float:

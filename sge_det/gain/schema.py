@@ -1,91 +1,348 @@
-"""Report files as they were written, of this schema and the one before, so that they can be drawn again."""
+"""``report.json``: the one place that knows its keys. Schema 2 is written and read; schema 1 can still be read."""
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import UserError
 from .inference import (
-    Interval,
+    OUTCOMES,
     effect_size,
     probability_of_improvement,
     seed_correlation,
     seed_interval,
     welch_interval,
 )
-from .verdict import DECLARED
+from .looks import Look, Looks
+from .parts import (
+    DECLARED,
+    TASK_NAMES,
+    Bounds,
+    Confusion,
+    Cost,
+    Declared,
+    Difference,
+    ErrorDifference,
+    ErrorScore,
+    Intervals,
+    Origins,
+    Power,
+    Question,
+    Report,
+    Score,
+    Verdict,
+)
 
 SCHEMA = 2
 _OLD = (
     "This report is of schema 1. Its intervals over the images were too narrow and are left out, so that none speaks "
     "of new seeds and new images both; its sentences stand as written, on the seeds alone or on those intervals."
 )
-# null is "there is none" here, and "not a number" everywhere else
-_MAY_LACK = ("seeds", "welch", "images", "both", "interval", "images_by_seed", "excludes_zero")
+_FIRST = ("reference", "seeds", "tasks", "images", "confidence", "bootstrap_samples")
+_AS_THEY_ARE = ("differences", "gates", "verdicts", "notes", "verdict")
+_MAYBE = ("origins", "look", "departures", "plan", "cost", "pointing", "provenance")
+_KNOWN = {"schema", *_FIRST, "question", "arms", *_AS_THEY_ARE, *_MAYBE}
+
+# Larger ones no table can show.
+_LARGEST = 1e9
+
+T = TypeVar("T")
 
 
-def read_report(path: str | Path) -> dict[str, Any]:
-    """What ``report.json`` holds, as :attr:`.measurement.Measurement.report` has it; schema 1 is brought to schema 2.
+def to_json(report: Report) -> dict[str, Any]:
+    """What ``report.json`` holds (docs/measuring.md), of schema 2; NaN where the file has null."""
+    parts = _lists(asdict(report))
+    content = {"schema": SCHEMA} | {key: parts[key] for key in _FIRST}
+    content["question"] = parts["question"] | {"task": report.task}
+    content["arms"] = {name: {"seeds": parts["seeds"]} | by_task for name, by_task in parts["arms"].items()}
+    content |= {key: parts[key] for key in _AS_THEY_ARE}
+    if report.origins is not None:
+        content["origins"] = parts["origins"]
+    if report.look is not None:
+        content["look"] = {"seeds": report.look.seeds, "level": report.look.level, **parts["look"]["looks"]}
+    if report.declared is not None:
+        content |= {key: parts["declared"][key] for key in ("departures", "plan")}
+    if report.cost is not None:
+        content["cost"] = parts["cost"]
+    return {**content, "pointing": parts["pointing"], "provenance": parts["provenance"], **parts["others"]}
+
+
+def from_json(content: Any) -> Report:
+    """The report that ``report.json`` holds, of schema 2 or 1.
+
+    Raises:
+        KeyError, TypeError, ValueError: something is missing in it, or is not what it should be.
+    """
+    schema = _object(content).get("schema")
+    if type(schema) is not int or schema not in (1, SCHEMA):
+        raise ValueError(f"its schema is none of 1 and {SCHEMA}")
+    whole = schema == SCHEMA
+    reference, tasks = _text(content["reference"]), _several(content["tasks"], _text)
+    arms = {
+        name: {task: _by_name(_object(arm)[task], _score) for task in tasks}
+        for name, arm in _object(content["arms"]).items()
+    }
+    if whole:
+        differences = {
+            name: {task: _by_name(_object(arm)[task], _difference) for task in tasks}
+            for name, arm in _object(content["differences"]).items()
+        }
+    else:
+        differences = {name: _from_scores(arms[reference], arms[name]) for name in _object(content["differences"])}
+    report = Report(
+        reference=reference,
+        seeds=_several(content["seeds"], _whole_number),
+        tasks=tasks,
+        images=_whole_number(content["images"]),
+        confidence=_number(content["confidence"]),
+        bootstrap_samples=_whole_number(content["bootstrap_samples"]) if whole else 0,
+        question=_question(content["question"]) if whole else DECLARED,
+        arms=arms,
+        differences=differences,
+        gates=_raw(_object(content.get("gates", {}))),
+        verdicts=_several(content["verdicts"], _verdict) if whole else (),
+        notes=_several(content.get("notes", []), _text) if whole else (),
+        verdict=_text(content["verdict"]) if whole else f"{_OLD}\n{_text(content['verdict'])}",
+        origins=_optional(content.get("origins"), _origins),
+        look=_optional(content.get("look"), _look),
+        declared=_declared(content) if "departures" in content else None,
+        cost=_optional(content.get("cost"), lambda cost: _by_name(cost, _cost)),
+        pointing=_raw(_object(content.get("pointing", {}))),
+        provenance=_by_name(content.get("provenance", {}), _text),
+        others={key: value for key, value in content.items() if key not in _KNOWN},
+    )
+    _check(report)
+    return report
+
+
+def read_report(path: str | Path) -> Report:
+    """The report in a file; schema 1 is brought to schema 2.
 
     Raises:
         UserError: it cannot be read, or is no report of these schemas.
     """
     try:
-        report = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    schema = report.get("schema") if isinstance(report, dict) else None
-    if schema not in (1, SCHEMA) or not {"arms", "differences", "reference", "tasks", "seeds"} <= set(report):
-        raise UserError(f"{path} is no report.json of measure_gain of the schema 1 or {SCHEMA}")
-    report = _with_nan(report)
     try:
-        return _upgraded(report) if schema == 1 else report
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"{path} is no whole report.json of measure_gain: {error!r} is missing in it") from error
+        return from_json(content)
+    except KeyError as error:
+        raise UserError(f"{path} is no whole report.json of measure_gain: it lacks {error}") from error
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise UserError(f"{path} is no report.json of measure_gain: {error}") from error
 
 
-def _with_nan(value: Any, key: str = "") -> Any:
-    if value is None:
-        return None if key in _MAY_LACK else math.nan
-    if isinstance(value, dict):
-        return {name: _with_nan(part, name) for name, part in value.items()}
-    return [_with_nan(part, key) for part in value] if isinstance(value, list) else value
+def _check(report: Report) -> None:
+    """Checks that the parts belong together.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if not report.tasks or not set(report.tasks) <= set(TASK_NAMES):
+        raise ValueError(f"its tasks are {', '.join(report.tasks) or 'none'}, not of {', '.join(TASK_NAMES)}")
+    if not report.seeds or set(report.arms) - {report.reference} != set(report.differences) or not report.differences:
+        raise ValueError("its arms, reference, seeds and differences do not belong together")
+    for task in report.tasks:
+        metrics = set(report.arms[report.reference][task])
+        for name, by_task in (*report.arms.items(), *report.differences.items()):
+            if set(by_task[task]) != metrics or not metrics:
+                raise ValueError(f"the {task} metrics of {name} are not those of {report.reference}")
+            if any(len(part.values) != len(report.seeds) for part in by_task[task].values()):
+                raise ValueError(f"{name} does not have a value for each seed")
+    if report.question.metric not in report.arms[report.reference][report.task]:
+        raise ValueError(f"its metric {report.question.metric} is not in it")
 
 
-def _upgraded(report: dict[str, Any]) -> dict[str, Any]:
-    reference = report["reference"]
-    differences = {
-        name: {
-            task: {
-                metric: _difference(report["arms"][reference][task][metric]["values"], score["values"])
-                for metric, score in report["arms"][name][task].items()
-            }
-            for task in by_task
-        }
-        for name, by_task in report["differences"].items()
-    }
-    new = {"schema": SCHEMA, "differences": differences, "bootstrap_samples": 0}
-    new["question"] = asdict(DECLARED) | {"task": report["tasks"][0]}
-    new |= {"verdicts": [], "notes": [], "verdict": f"{_OLD}\n{report['verdict']}"}
-    return {"gates": {}, "pointing": {}, **report, **new}
-
-
-def _difference(theirs: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
-    values = [b - a for a, b in zip(theirs, ours, strict=True)]
-    intervals = {"seeds": seed_interval(values), "welch": welch_interval(theirs, ours), "images": None, "both": None}
+def _from_scores(
+    reference: Mapping[str, Mapping[str, Score]], arm: Mapping[str, Mapping[str, Score]]
+) -> dict[str, dict[str, Difference]]:
+    """By task and metric, what the values by seed alone tell of a difference."""
     return {
-        "mean": sum(values) / len(values),
-        "values": values,
-        "seed_correlation": seed_correlation(theirs, ours),
-        "intervals": {name: _bounds(interval) for name, interval in intervals.items()},
-        "images_by_seed": [None] * len(values),
-        "probability_of_improvement": probability_of_improvement(theirs, ours),
-        "effect_size": effect_size(theirs, ours),
+        task: {metric: _of_values(reference[task][metric].values, score.values) for metric, score in scores.items()}
+        for task, scores in arm.items()
     }
 
 
-def _bounds(interval: Interval | None) -> dict[str, float] | None:
-    return {"low": interval.low, "high": interval.high} if interval else None
+def _of_values(theirs: Sequence[float], ours: Sequence[float]) -> Difference:
+    values = tuple(b - a for a, b in zip(theirs, ours, strict=True))
+    over_seeds = (Bounds.of(seed_interval(values)), Bounds.of(welch_interval(theirs, ours)))
+    return Difference(
+        sum(values) / len(values),
+        values,
+        seed_correlation(theirs, ours),
+        Intervals(*over_seeds, images=None, both=None),
+        (None,) * len(values),
+        probability_of_improvement(theirs, ours),
+        effect_size(theirs, ours),
+    )
+
+
+def _score(content: Any) -> Score:
+    found = _object(content)
+    return Score(_number(found["mean"]), _number(found["sd"]), _several(found["values"], _number))
+
+
+def _difference(content: Any) -> Difference:
+    found = _object(content)
+    intervals = _object(found["intervals"])
+    return Difference(
+        _number(found["mean"]),
+        _several(found["values"], _number),
+        _number(found["seed_correlation"]),
+        Intervals(*(_bounds(intervals[name]) for name in ("seeds", "welch", "images", "both"))),
+        _several(found["images_by_seed"], _bounds),
+        _number(found["probability_of_improvement"]),
+        _number(found["effect_size"]),
+    )
+
+
+def _question(content: Any) -> Question:
+    found = _object(content)
+    numbers = (_number(found["margin"]), _flag(found["paired"]), _number(found["difference"]))
+    return Question(_text(found["metric"]), *numbers)
+
+
+def _verdict(content: Any) -> Verdict:
+    found = _object(content)
+    if found["outcome"] not in OUTCOMES:
+        raise ValueError(f"the outcome {_shown(found['outcome'])} is none of {', '.join(OUTCOMES)}")
+    return Verdict(
+        *(_text(found[key]) for key in ("arm", "task", "metric", "outcome")),
+        _flag(found["primary"]),
+        *(_number(found[key]) for key in ("p", "equivalence_p")),
+        _optional(found["excludes_zero"], _flag),
+        _optional(found["power"], _power),
+        _text(found["sentence"]),
+        # the first reports of schema 2 did not have them
+        *(_number(found.get(key)) for key in ("low", "high")),
+    )
+
+
+def _power(content: Any) -> Power:
+    found = _object(content)
+    more = _optional(found["more_seeds"], _whole_number)
+    return Power(_number(found["difference"]), _number(found["probability"]), more)
+
+
+def _origins(content: Any) -> Origins:
+    found = _object(content)
+
+    def by_arm(part: str, of_task: Callable[[Any], T]) -> dict[str, dict[str, T]]:
+        return _by_name(found[part], lambda by_task: _by_name(by_task, of_task))
+
+    return Origins(
+        by_arm("arms", lambda figures: _by_name(figures, _error_score)),
+        by_arm("differences", lambda figures: _by_name(figures, _error_difference)),
+        by_arm("confusions", lambda pairs: _several(pairs, _confusion)),
+    )
+
+
+def _error_score(content: Any) -> ErrorScore:
+    found = _object(content)
+    return ErrorScore(_number(found["mean"]), _several(found["values"], _number))
+
+
+def _error_difference(content: Any) -> ErrorDifference:
+    found = _object(content)
+    return ErrorDifference(_number(found["mean"]), _several(found["values"], _number), _bounds(found["interval"]))
+
+
+def _confusion(content: Any) -> Confusion:
+    found = _object(content)
+    return Confusion(
+        *(_text(found[key]) for key in ("category", "taken_for")),
+        *(_number(found[key]) for key in ("reference", "arm", "mean")),
+        _several(found["values"], _number),
+        _bounds(found["interval"]),
+    )
+
+
+def _look(content: Any) -> Look:
+    found = _object(content)
+    counts = (_whole_number(found["first"]), _whole_number(found["most"]))
+    looks = Looks(*counts, _number(found["until"]), _flag(found["decide"]))
+    return Look(_whole_number(found["seeds"]), _number(found["level"]), looks)
+
+
+def _cost(content: Any) -> Cost:
+    found = _object(content)
+    return Cost(_whole_number(found["runs"]), *(_number(found[key]) for key in ("hours", "gpu_hours", "core_hours")))
+
+
+def _declared(content: Mapping[str, Any]) -> Declared:
+    return Declared(_optional(content.get("plan"), _object), _several(content["departures"], _text))
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{_shown(value)} is no object")
+    return value
+
+
+def _by_name(value: Any, part: Callable[[Any], T]) -> dict[str, T]:
+    return {name: part(each) for name, each in _object(value).items()}
+
+
+def _several(value: Any, part: Callable[[Any], T]) -> tuple[T, ...]:
+    if not isinstance(value, list):
+        raise TypeError(f"{_shown(value)} is no list")
+    return tuple(part(each) for each in value)
+
+
+def _optional(value: Any, part: Callable[[Any], T]) -> T | None:
+    return None if value is None else part(value)
+
+
+def _bounds(value: Any) -> Bounds | None:
+    return _optional(value, lambda found: Bounds(_number(_object(found)["low"]), _number(found["high"])))
+
+
+def _number(value: Any) -> float:
+    """A number, which may be whole; null is NaN."""
+    if value is None:
+        return math.nan
+    if type(value) not in (int, float) or abs(value) >= _LARGEST:
+        raise TypeError(f"{_shown(value)} is no number")
+    return value
+
+
+def _whole_number(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{_shown(value)} is no whole number")
+    return value
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{_shown(value)} is neither true nor false")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{_shown(value)} is no text")
+    return value
+
+
+def _raw(value: Any) -> Any:
+    """What another room recorded, with NaN for null."""
+    if isinstance(value, dict):
+        return {name: _raw(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_raw(part) for part in value]
+    return math.nan if value is None else value
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _lists(part) for name, part in value.items()}
+    return [_lists(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."

@@ -2,40 +2,18 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from .inference import ALPHA, MARGIN, POWER, Interval, Outcome, measured_design, outcomes, power, seeds_needed
+from .inference import ALPHA, POWER, Interval, Outcome, measured_design, outcomes, power, seeds_needed
+from .parts import TASK_NAMES, Power, Question, Verdict
 
-TASK_NAMES = {"bbox": "box", "segm": "mask", "classification": "classification"}
 # Gates whose standard deviation over the positions of a map is less than this multiply all positions alike.
 CONSTANT_GATES = 0.01
-# A difference that is spoken of where power is told, in AP points.
-DIFFERENCE = 1.0
 # More seeds than this nobody trains: that they are needed says as much as how many.
 _MOST_SEEDS = 1000
-
-
-@dataclass(frozen=True)
-class Question:
-    """What a comparison is to answer, named before its results are seen.
-
-    Attributes:
-        metric: the primary one, of the first task; all else is exploratory.
-        margin: the least difference that matters, in AP points; 0 for no test of equivalence.
-        paired: by seed: runs of a seed share their images and start values. Else Welch's interval decides.
-        difference: of which the power is told, in AP points.
-    """
-
-    metric: str = "AP"
-    margin: float = MARGIN
-    paired: bool = True
-    difference: float = DIFFERENCE
-
-
-DECLARED = Question()
 
 
 @dataclass(frozen=True)
@@ -60,44 +38,6 @@ class Evidence:
         return float(np.mean(np.subtract(self.arm, self.reference)))
 
 
-@dataclass(frozen=True)
-class Power:
-    """What could have been seen: ``probability`` of seeing a true ``difference`` (AP points) with the seeds that there
-    are, and how many ``more_seeds`` an arm see it with 80%; None where no number that one can train does."""
-
-    difference: float
-    probability: float
-    more_seeds: int | None
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a metric of an arm shows.
-
-    Attributes:
-        outcome: one of ``inference.OUTCOMES``.
-        primary: whether it is the metric that was declared; what others show is exploratory.
-        p, equivalence_p: corrected over the arms; NaN without an interval.
-        excludes_zero: of the interval over both, without any correction; None without it.
-        power: of the primary metric alone.
-        low, high: of the interval over both that the outcome follows from, in AP points, at 95% or, with looks at
-            growing numbers of seeds, at the confidence of this look; NaN without it.
-    """
-
-    arm: str
-    task: str
-    metric: str
-    outcome: str
-    primary: bool
-    p: float
-    equivalence_p: float
-    excludes_zero: bool | None
-    power: Power | None
-    sentence: str
-    low: float
-    high: float
-
-
 def judge(
     evidence: Mapping[str, Evidence],
     reference: str,
@@ -108,8 +48,8 @@ def judge(
     primary: bool,
     bootstrap: int,
     level: float = ALPHA,
-) -> list[dict[str, Any]]:
-    """The verdicts of a metric for all arms, corrected together, as report.json holds them.
+) -> list[Verdict]:
+    """The verdicts of a metric for all arms, corrected together.
 
     Args:
         evidence: by arm.
@@ -135,13 +75,11 @@ def judge(
             sentence = f"Exploratory, counted with nothing else: {sentence}"
         excludes = None if each.both is None else each.both.low > 0 or each.both.high < 0
         found.append(
-            asdict(
-                Verdict(
-                    *(name, task, metric, outcome.outcome, primary, outcome.p, outcome.equivalence_p, excludes, seen),
-                    sentence,
-                    math.nan if each.both is None else each.both.low,
-                    math.nan if each.both is None else each.both.high,
-                )
+            Verdict(
+                *(name, task, metric, outcome.outcome, primary, outcome.p, outcome.equivalence_p, excludes, seen),
+                sentence,
+                math.nan if each.both is None else each.both.low,
+                math.nan if each.both is None else each.both.high,
             )
         )
     return found
@@ -211,17 +149,19 @@ def _in_words(seen: Power | None, count: int) -> str:
     return f"{text}{more}."
 
 
-def still_learning(report: dict, curves: Mapping[str, Mapping[int, Mapping[str, Sequence]]]) -> list[str]:
+def still_learning(task: str, margin: float, curves: Mapping[str, Mapping[int, Mapping[str, Sequence]]]) -> list[str]:
     """A sentence where AP still rises at the end of the schedule: a difference may be one of speed of learning.
 
     Args:
+        task: whose AP it is.
+        margin: AP points; a rise of less does not count.
         curves: by arm and seed, points (iteration, value) of "<task>/AP".
     """
-    key = f"{report['tasks'][0]}/AP"
+    key = f"{task}/AP"
     rising = {}
     for name, by_seed in curves.items():
         steps = [logged[key][-1][1] - logged[key][-2][1] for logged in by_seed.values() if len(logged.get(key, ())) > 1]
-        if steps and np.mean(steps) > report["question"]["margin"]:
+        if steps and np.mean(steps) > margin:
             rising[name] = float(np.mean(steps))
     if not rising:
         return []
@@ -232,20 +172,22 @@ def still_learning(report: dict, curves: Mapping[str, Mapping[int, Mapping[str, 
     ]
 
 
-def constant_gates(report: dict, name: str) -> bool | None:
-    """Whether the gates of an arm hardly depend on the position, in any stage of any run; None without SGE."""
-    spreads = _spatial_sds(report, name)
-    return max(spreads.values()) < CONSTANT_GATES if spreads else None
+def gates_sentence(name: str, by_seed: Mapping[str, Mapping[str, Any]], *, is_reference: bool) -> str:
+    """What constant gates of all or of some seeds of an arm say of its differences; maybe "".
 
-
-def gates_sentence(report: dict, name: str) -> str:
-    """What constant gates of all or of some seeds of an arm, the reference too, say of its differences; maybe ""."""
-    spreads = _spatial_sds(report, name)
+    Args:
+        by_seed: by seed and stage, the statistics of :func:`sge_det.modeling.gates.gate_statistics`.
+    """
+    spreads = {
+        seed: max(stage["gate"]["spatial_sd"] for stage in stages.values())
+        for seed, stages in by_seed.items()
+        if stages
+    }
     constant = [seed for seed, spread in spreads.items() if spread < CONSTANT_GATES]
     if not constant:
         return ""
     spread = max(spreads[seed] for seed in constant)
-    means = [stage["gate"]["mean"] for seed in constant for stage in report["gates"][name][seed].values()]
+    means = [stage["gate"]["mean"] for seed in constant for stage in by_seed[seed].values()]
     which = "" if len(constant) == len(spreads) else f" with seed{'s' if len(constant) > 1 else ''} "
     which += ", ".join(constant) if which else ""
     text = (
@@ -254,15 +196,6 @@ def gates_sentence(report: dict, name: str) -> str:
     )
     if which:
         return f"{text}: what these runs add to a difference cannot come from attention."
-    if name == report["reference"]:
+    if is_reference:
         return f"{text}: the reference is scaled alike in all places, so it stands for a detector without attention."
     return f"{text}, so its difference cannot come from attention."
-
-
-def _spatial_sds(report: dict, name: str) -> dict[str, float]:
-    """By seed, the largest standard deviation of the gates over a map."""
-    return {
-        seed: max(stage["gate"]["spatial_sd"] for stage in stages.values())
-        for seed, stages in report["gates"].get(name, {}).items()
-        if stages
-    }

@@ -10,7 +10,7 @@ from reference_models import torchvision_resnet
 from sge_det import UserError
 from sge_det.checkpoint import convert_file, transplant_state
 from sge_det.engine.training import setup_config
-from sge_det.gain import Matrix, choose_arms, measure_gain
+from sge_det.gain import Matrix, choose_arms, measure_gain, to_json
 from sge_det.gain.arms import examine_arms
 
 CONFIG = "sample/faster_rcnn_SGE_R_50_FPN.yaml"
@@ -50,7 +50,7 @@ def test_from_the_final_weights_of_a_reference_that_starts_from_scratch(tmp_path
     plain, transplanted = made.runs
     assert transplanted.reference is plain
     assert not transplanted.is_ready
-    report = measure_gain(made, jobs=2, bootstrap=0).report  # two at once, and yet one after the other
+    report = to_json(measure_gain(made, jobs=2, bootstrap=0).report)  # two at once, and yet one after the other
     ended = (plain.folder / "result.json").stat().st_mtime_ns
     assert ended < (transplanted.folder / "start.pth").stat().st_mtime_ns
     expected, _ = transplant_state(load(plain.folder / "model_final.pth"), transplanted.config, "")

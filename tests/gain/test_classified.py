@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 
 from sge_det import UserError
-from sge_det.gain import compare_classified
-from sge_det.gain.verdict import Question
+from sge_det.gain import compare_classified, to_json
+from sge_det.gain.parts import Question
 
 
 def write_run(folder, right, *, second=(), images=200, **made):
@@ -81,7 +81,7 @@ def test_the_tool_compares_folders(arms, call_tool, tmp_path):
 def test_runs_that_are_not_alike(arms, tmp_path):
     other = write_run(tmp_path / "sge/longer", range(120), seed=3, epochs=9, model="sge_r", model_kwargs={})
     unlike = {"plain": arms["plain"], "sge": [*arms["sge"][:3], other]}
-    verdict = compare_classified(unlike, tmp_path / "out", bootstrap=0).report["verdict"]
+    verdict = to_json(compare_classified(unlike, tmp_path / "out", bootstrap=0).report)["verdict"]
     assert f"{arms['plain'][0]} and {other} differ in epochs, too: a difference may come from that." in verdict
     shuffled = {"plain": arms["plain"], "sge": arms["sge"][::-1]}
     with pytest.raises(UserError, match="the runs of sge have the seeds 3, 2, 1, 0 and those of plain 0, 1, 2, 3"):

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from sge_det.gain import cost
+from sge_det.gain.parts import Cost
 
 
 def test_stretches_of_a_run_are_summed(tmp_path, monkeypatch):
@@ -50,6 +51,6 @@ def test_hours_of_an_arm():
         {"seconds": 3600.0, "device_seconds": {"GPU": 7200.0}},
         {"seconds": 1800.0, "device_seconds": {"GPU": 1800.0, "core": 900.0}},
     ]
-    assert cost.of_arm(runs) == {"runs": 2, "hours": 1.5, "gpu_hours": 2.5, "core_hours": 0.25}
+    assert cost.of_arm(runs) == Cost(2, hours=1.5, gpu_hours=2.5, core_hours=0.25)
     before = cost.of_arm([*runs, {"seconds": 60.0}])
-    assert before["runs"] == 3 and math.isnan(before["gpu_hours"])
+    assert before.runs == 3 and math.isnan(before.gpu_hours)

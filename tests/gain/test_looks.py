@@ -17,9 +17,10 @@ from scipy.stats import ttest_1samp
 
 from sge_det import UserError
 from sge_det.engine.fingerprint import FINGERPRINT_FILE
-from sge_det.gain import Looks, Matrix, Question, RunFailed, decide_gain, measure_gain, report_gain
+from sge_det.gain import Looks, Matrix, Question, RunFailed, decide_gain, measure_gain, report_gain, to_json
 from sge_det.gain import api as api_module
 from sge_det.gain import matrix as matrix_module
+from sge_det.gain import report as report_module
 from sge_det.gain.inference import sequential_levels
 from sge_det.gain.plan import declare, declared, departures
 
@@ -75,7 +76,7 @@ def make(sample_datasets, tmp_path, monkeypatch):
     monkeypatch.setattr(matrix_module, "RunProcess", Fake)
     monkeypatch.setattr(matrix_module, "_POLL_SECONDS", 0.0)
     # pictures are test_report's
-    monkeypatch.setattr(api_module, "write_page", lambda *anything: None)
+    monkeypatch.setattr(report_module, "html_page", lambda *anything: "")
     monkeypatch.setattr(api_module, "gallery", lambda *anything: [])
     monkeypatch.setattr(Fake, "fails", set())
     monkeypatch.setattr(Fake, "shift", {"plain": 0.1, "sge": 0.1})
@@ -95,7 +96,7 @@ def test_seeds_are_added_until_a_gain_is_plain(make, monkeypatch):
     monkeypatch.setattr(Fake, "shift", {"plain": 0.3, "sge": 0.05})
     matrix = make(range(8))
     looks = Looks(first=3, most=8, decide=True)
-    report = decide_gain(matrix, looks, bootstrap=200, question=Question(margin=0.5)).report
+    report = to_json(decide_gain(matrix, looks, bootstrap=200, question=Question(margin=0.5)).report)
     (verdict,) = [verdict for verdict in report["verdicts"] if verdict["primary"]]
     assert verdict["outcome"] == "gain"
     assert len(report["seeds"]) < 8
@@ -111,9 +112,9 @@ def test_seeds_are_added_until_a_gain_is_plain(make, monkeypatch):
 
 def test_without_an_answer_the_last_look_ends_it(make):
     matrix = make(range(4))
-    report = decide_gain(
-        matrix, Looks(first=3, most=4, decide=True), bootstrap=200, question=Question(margin=0.01)
-    ).report
+    report = to_json(
+        decide_gain(matrix, Looks(first=3, most=4, decide=True), bootstrap=200, question=Question(margin=0.01)).report
+    )
     assert report["seeds"] == [0, 1, 2, 3]
     assert report["verdicts"][0]["outcome"] == "undecided"
     assert "left out" not in report["verdict"] and "added" not in report["verdict"].split("Looked at")[0]
@@ -122,17 +123,17 @@ def test_without_an_answer_the_last_look_ends_it(make):
 def test_a_width_ends_it_too_and_the_same_call_again_trains_nothing(make, monkeypatch):
     matrix = make(range(6))
     looks = Looks(first=3, most=6, until=100.0)
-    first = decide_gain(matrix, looks, bootstrap=200).report
+    first = to_json(decide_gain(matrix, looks, bootstrap=200).report)
     assert first["seeds"] == [0, 1, 2]
     monkeypatch.setattr(matrix_module, "RunProcess", pytest.fail)
-    assert decide_gain(make(range(6)), looks, bootstrap=200).report["verdicts"] == first["verdicts"]
+    assert to_json(decide_gain(make(range(6)), looks, bootstrap=200).report)["verdicts"] == first["verdicts"]
 
 
 def test_another_question_than_was_declared_is_told(make):
     decide_gain(make(range(4)), Looks(first=3, most=4, until=100.0), bootstrap=200)
     with pytest.raises(UserError, match="begun with another question"):
         decide_gain(make(range(4)), Looks(first=3, most=4, until=100.0), bootstrap=200, question=Question("AP50"))
-    report = measure_gain(make(range(3)), bootstrap=200, question=Question("AP50")).report
+    report = to_json(measure_gain(make(range(3)), bootstrap=200, question=Question("AP50")).report)
     assert "The metric was declared as AP before the first run and is AP50 here" in report["verdict"]
     assert [verdict["primary"] for verdict in report["verdicts"]] == [False] * len(report["verdicts"])
 
@@ -191,7 +192,7 @@ def test_what_departs_from_the_plan_is_told_and_not_primary(tmp_path, declared, 
 
 def test_departures_reach_the_report(make):
     measure_gain(make([0, 1]), bootstrap=0)
-    report = measure_gain(make([0, 1, 2]), bootstrap=0, against="sge").report
+    report = to_json(measure_gain(make([0, 1, 2]), bootstrap=0, against="sge").report)
     assert len(report["departures"]) == 2
     assert all(sentence in report["verdict"] for sentence in report["departures"])
     assert "these verdicts are exploratory and none is primary" in report["verdict"]
@@ -201,7 +202,7 @@ def test_departures_reach_the_report(make):
 def test_a_plan_that_comes_after_runs_says_so(make):
     matrix = make([0, 1])
     matrix.execute(runs=[matrix.run_of("plain", 0)])
-    report = measure_gain(make([0, 1]), bootstrap=0).report
+    report = to_json(measure_gain(make([0, 1]), bootstrap=0).report)
     assert report["departures"] == ["The plan was written when there were runs already: plain/seed0."]
 
 
@@ -209,10 +210,10 @@ def test_a_report_before_the_end_is_exploratory(make):
     matrix = make([0, 1, 2])
     declare(matrix, Question())
     matrix.execute(runs=[run for run in matrix.runs if run.seed < 2])
-    early = report_gain(make([0, 1, 2]), bootstrap=0).report
+    early = to_json(report_gain(make([0, 1, 2]), bootstrap=0).report)
     assert not any(primary(early))
     assert early["departures"] == ["The seeds 2 were declared and are left out here."]
-    assert all(primary(measure_gain(make([0, 1, 2]), bootstrap=0).report))
+    assert all(primary(to_json(measure_gain(make([0, 1, 2]), bootstrap=0).report)))
 
 
 @pytest.mark.parametrize(
@@ -230,7 +231,7 @@ def test_a_rule_that_was_not_declared_still_ends_by_its_answer(make):
     """None of its verdicts is primary, which is no answer."""
     measure_gain(make([0, 1, 2]), bootstrap=0)
     looks = Looks(first=3, most=4, decide=True)
-    report = decide_gain(make(range(4)), looks, bootstrap=200, question=Question(margin=0.5)).report
+    report = to_json(decide_gain(make(range(4)), looks, bootstrap=200, question=Question(margin=0.5)).report)
     assert report["seeds"] == [0, 1, 2, 3]
     assert report["verdicts"][0]["outcome"] == "undecided"
     assert not any(primary(report))
@@ -253,7 +254,7 @@ def test_workers_that_decide_together_come_to_the_same_answer(make, monkeypatch)
     looks = Looks(first=2, most=4, decide=True)
     with ThreadPoolExecutor() as pool:
         tasks = [pool.submit(decide_gain, matrix, looks, jobs=2, bootstrap=200) for matrix in workers]
-        reports = [task.result(timeout=120).report for task in tasks]
+        reports = [to_json(task.result(timeout=120).report) for task in tasks]
     assert sorted(made) == sorted(f"{arm}/seed{seed}" for arm in ("plain", "sge") for seed in reports[0]["seeds"])
     assert reports[0]["verdicts"] == reports[1]["verdicts"]
     assert reports[0]["look"] == reports[1]["look"]
@@ -261,16 +262,16 @@ def test_workers_that_decide_together_come_to_the_same_answer(make, monkeypatch)
 
 
 def test_after_the_answer_a_report_has_the_level_of_its_look_and_more_seeds_are_told(make):
-    first = decide_gain(make(range(4)), Looks(first=3, most=4, until=100.0), bootstrap=200).report
-    again = report_gain(make(range(4)), bootstrap=200).report
+    first = to_json(decide_gain(make(range(4)), Looks(first=3, most=4, until=100.0), bootstrap=200).report)
+    again = to_json(report_gain(make(range(4)), bootstrap=200).report)
     assert (again["look"], again["departures"]) == (first["look"], [])
     assert again["verdicts"] == first["verdicts"]
     # within the rule: its last look
-    report = measure_gain(make(range(4)), bootstrap=200).report
+    report = to_json(measure_gain(make(range(4)), bootstrap=200).report)
     assert (report["look"]["seeds"], report["departures"]) == (4, [])
     assert report["look"]["level"] == sequential_levels((3, 4))[1]
     # beyond it
-    report = measure_gain(make(range(5)), bootstrap=200).report
+    report = to_json(measure_gain(make(range(5)), bootstrap=200).report)
     assert "look" not in report
     assert [sentence.split(" by")[0] for sentence in report["departures"]] == [
         "The rule",
@@ -316,7 +317,7 @@ def test_a_failed_run_does_not_end_its_neighbours(make, monkeypatch):
     assert report["seeds"] == [1, 2]
     assert "Not finished, so that their seeds are left out: sge/seed0" in report["verdict"]
     monkeypatch.setattr(Fake, "fails", set())
-    assert measure_gain(make([0, 1, 2]), bootstrap=200, keep_going=True).report["seeds"] == [0, 1, 2]
+    assert to_json(measure_gain(make([0, 1, 2]), bootstrap=200, keep_going=True).report)["seeds"] == [0, 1, 2]
 
 
 def test_without_keep_going_it_ends_all(make, monkeypatch):
@@ -352,7 +353,7 @@ def test_one_run_alone_and_then_the_report(make):
     matrix = make([0, 1])
     for arm, seed in (("plain", 0), ("sge", 0), ("sge", 1)):
         matrix.execute(runs=[matrix.run_of(arm, seed)])
-    report = report_gain(matrix, bootstrap=200).report
+    report = to_json(report_gain(matrix, bootstrap=200).report)
     assert report["seeds"] == [0]
     assert "left out: plain/seed1" in report["verdict"]
     # the code may have changed since, but not between the runs
@@ -361,7 +362,7 @@ def test_one_run_alone_and_then_the_report(make):
         path.write_text(path.read_text().replace('"sge_det": "', '"sge_det": "0'))
     with pytest.raises(UserError, match="holds a run made with"):
         make([0, 1])
-    assert report_gain(make([0, 1], report_only=True), bootstrap=200).report["seeds"] == [0]
+    assert to_json(report_gain(make([0, 1], report_only=True), bootstrap=200).report)["seeds"] == [0]
     made[1].write_text(made[1].read_text().replace('"sge_det": "0', '"sge_det": "'))
     with pytest.raises(UserError, match="holds a run made with"):
         make([0, 1], report_only=True)
@@ -372,7 +373,7 @@ def test_one_run_alone_and_then_the_report(make):
 def test_a_report_alone_is_of_the_seeds_that_were_declared(make, call_tool, sample_datasets, tmp_path):
     """Without --seeds, and at the level of the look that it is."""
     looks = Looks(first=3, most=4, until=100.0)
-    first = decide_gain(make(range(4)), looks, bootstrap=200).report
+    first = to_json(decide_gain(make(range(4)), looks, bootstrap=200).report)
     triples = [word for triple in sample_datasets for word in ("--dataset", *triple)]
     options = ["--config-file", CONFIG, "--output", str(tmp_path / "out"), *triples, "--bootstrap", "200"]
     done = call_tool("measure_gain.py", *options, "--report-only", *TINY)
@@ -389,9 +390,9 @@ def _remove_what_is_named(told, file):
 
 
 def test_what_others_damaged_is_told_and_what_is_advised_helps(make, monkeypatch):
-    monkeypatch.setattr(api_module, "_write", lambda *anything: None)
+    monkeypatch.setattr(api_module, "write_report", lambda *anything: None)
     matrix = make([0])
-    before = measure_gain(matrix, bootstrap=0).report
+    before = to_json(measure_gain(matrix, bootstrap=0).report)
     run = matrix.run_of("sge", 0)
     for file in (
         run.folder / "result.json",
@@ -403,7 +404,7 @@ def test_what_others_damaged_is_told_and_what_is_advised_helps(make, monkeypatch
         with pytest.raises(UserError, match=re.escape(str(file))) as told:
             measure_gain(make([0]), bootstrap=0)
         _remove_what_is_named(str(told.value), file)
-        report = measure_gain(make([0]), bootstrap=0).report
+        report = to_json(measure_gain(make([0]), bootstrap=0).report)
         assert json.dumps(report["arms"]) == json.dumps(before["arms"])
         assert ("there were runs already" in report["verdict"]) == (file.name == "plan.json")
 

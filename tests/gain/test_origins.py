@@ -11,7 +11,7 @@ from scipy import stats
 
 from sge_det.evaluation.coco import evaluate_detections
 from sge_det.evaluation.error_kinds import errors_of
-from sge_det.gain import compare_results
+from sge_det.gain import compare_results, to_json
 
 IMAGES, CUP, SPOON = 10, 3, 7
 PLACES = {CUP: [5, 10, 20, 20], SPOON: [50, 10, 20, 20]}
@@ -113,7 +113,7 @@ def test_differences_have_intervals_over_the_seeds(truth_file, tmp_path):
 
     seeds = {"plain": [(3, 1), (4, 1), (2, 2)], "sge": [(1, 2), (3, 3), (0, 5)]}
     files = {arm: [file(f"{arm}{n}.json", *numbers) for n, numbers in enumerate(runs)] for arm, runs in seeds.items()}
-    report = compare_results(truth_file, files, tmp_path / "out", bootstrap=0).report
+    report = to_json(compare_results(truth_file, files, tmp_path / "out", bootstrap=0).report)
     missed = {arm: [100 * a / 20 for a, _ in runs] for arm, runs in seeds.items()}
     taken = {arm: [100 * b / 10 for _, b in runs] for arm, runs in seeds.items()}
     origins = report["origins"]
@@ -146,6 +146,6 @@ def test_one_seed_has_no_interval(truth_file, tmp_path):
     for name, found in (("plain", perfect()[:12]), ("sge", perfect())):
         files[name] = [tmp_path / f"{name}.json"]
         files[name][0].write_text(json.dumps(found))
-    report = compare_results(truth_file, files, tmp_path / "out", bootstrap=0).report
+    report = to_json(compare_results(truth_file, files, tmp_path / "out", bootstrap=0).report)
     difference = report["origins"]["differences"]["sge"]["bbox"]["unfound"]
     assert (difference["mean"], difference["interval"]) == (pytest.approx(-40), None)

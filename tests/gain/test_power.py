@@ -8,6 +8,9 @@ import pytest
 from scipy.stats import ttest_1samp
 
 from sge_det import UserError
+from sge_det.files import write_json
+from sge_det.gain import Question, to_json
+from sge_det.gain.measurement import compared
 from sge_det.gain.power import from_pilot, given, in_words, published, tables
 
 
@@ -44,21 +47,19 @@ def test_where_images_are_the_noise_no_number_of_seeds_suffices():
     assert table["1"][0] == "none suffices: more images"
 
 
+def write_pilot(path, values):
+    """A report on the values of AP by arm and seed."""
+    found = {name: [{"AP": value} for value in of_arm] for name, of_arm in values.items()}
+    seeds = range(len(values["plain"]))
+    content = to_json(compared({"bbox": found}, {}, seeds=seeds, images=101, bootstrap=0, question=Question()))
+    content["differences"]["sge"]["bbox"]["AP"]["intervals"]["images"] = {"low": -1.0, "high": 3.0}
+    write_json(path, content)
+
+
 @pytest.fixture
 def pilot(tmp_path):
-    values = {"plain": [50.0, 51.0, 50.5], "sge": [51.0, 51.5, 51.75], "se": [50.0, 50.0, 50.0]}
-    both = {"low": -1.0, "high": 3.0}
-    report = {
-        "reference": "plain",
-        "tasks": ["bbox"],
-        "seeds": [0, 1, 2],
-        "images": 101,
-        "arms": {name: {"bbox": {"AP": {"values": of}}} for name, of in values.items()},
-        "differences": {
-            name: {"bbox": {"AP": {"intervals": {"images": both if name == "sge" else None}}}} for name in ("sge", "se")
-        },
-    }
-    (tmp_path / "report.json").write_text(json.dumps(report))
+    values = {"plain": (50.0, 51.0, 50.5), "sge": (51.0, 51.5, 51.75), "se": (50.0, 50.0, 50.0)}
+    write_pilot(tmp_path / "report.json", values)
     return tmp_path
 
 
@@ -82,21 +83,24 @@ def test_a_pilot_shows_its_spread(pilot):
 
 def test_pilots_that_tell_nothing(pilot, tmp_path):
     report = json.loads((pilot / "report.json").read_text())
+    alike = {"mean": 1.0, "sd": 0.0, "values": [1.0] * 3}
     with pytest.raises(UserError, match="--metric AP99 is none of the pilot's: AP"):
         from_pilot(pilot, "AP99")
     for change, words in (
-        ({"seeds": [0]}, "has one seed"),
-        ({"arms": {name: {"bbox": {"AP": {"values": [1.0] * 3}}} for name in report["arms"]}}, "no spread"),
+        ({"arms": {name: {"bbox": {"AP": alike}} for name in report["arms"]}}, "no spread"),
         ({"tasks": []}, "no report.json of measure_gain"),
         ({"differences": 3}, "no report.json of measure_gain"),
     ):
         (tmp_path / "other.json").write_text(json.dumps(report | change))
         with pytest.raises(UserError, match=words):
             from_pilot(tmp_path / "other.json")
+    write_pilot(tmp_path / "one.json", {"plain": (50.0,), "sge": (51.0,)})
+    with pytest.raises(UserError, match="has one seed, which shows no spread"):
+        from_pilot(tmp_path / "one.json")
     (tmp_path / "none.json").write_text("[]")
-    for path in (tmp_path / "none.json", tmp_path / "absent.json"):
-        with pytest.raises(UserError, match=r"--pilot .* cannot be read"):
-            from_pilot(path)
+    for name, words in (("none", "is no report.json of measure_gain"), ("absent", "cannot be read: No such file")):
+        with pytest.raises(UserError, match=rf"--pilot .*{name}\.json {words}"):
+            from_pilot(tmp_path / f"{name}.json")
 
 
 @pytest.mark.parametrize("arguments", [([0.0],), ([1, 2, 3],), ([1.0], 2.0), ([1.0], 0.0, -1.0), ([1.0], 0, 0, 1)])

@@ -9,7 +9,7 @@ from PIL import Image
 
 from sge_det import UserError
 from sge_det.errors import Stopped
-from sge_det.gain import Question, measure_classified_gain
+from sge_det.gain import Question, measure_classified_gain, to_json
 from sge_det.gain import pretraining as arms_of_classifiers
 from sge_det.gain.pretraining import PretrainingMatrix
 
@@ -79,7 +79,7 @@ def test_arms_and_seeds_are_trained_and_compared(options, tmp_path, monkeypatch)
 def test_a_question_that_was_not_declared_is_told(options, tmp_path):
     matrix = PretrainingMatrix(options, tmp_path / "out")
     measure_classified_gain(matrix, ONE, bootstrap=0)
-    report = measure_classified_gain(matrix, ONE, bootstrap=0, question=Question(metric="top5")).report
+    report = to_json(measure_classified_gain(matrix, ONE, bootstrap=0, question=Question(metric="top5")).report)
     assert "The metric was declared as top1 before the first run and is top5 here" in report["verdict"]
     other = PretrainingMatrix([*options, "--lr", "0.02"], tmp_path / "out")
     with pytest.raises(UserError, match=r"made with --lr 0\.01, not 0\.02"):

@@ -9,7 +9,7 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 
 from sge_det.gain import compare_results
-from sge_det.gain.report import pointing_tables
+from sge_det.gain.tables import pointing_tables
 
 
 class Page(HTMLParser):

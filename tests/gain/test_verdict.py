@@ -3,7 +3,8 @@
 import pytest
 
 from sge_det.gain.inference import Interval
-from sge_det.gain.verdict import Evidence, Question, judge, still_learning
+from sge_det.gain.parts import Question
+from sge_det.gain.verdict import Evidence, judge, still_learning
 
 AP50 = Question("AP50")
 
@@ -28,24 +29,24 @@ def judged(both, question=AP50, reference=(50.0, 50.4, 50.2), arm=(50.5, 51.0, 5
 )
 def test_four_answers(mean, error, outcome, words):
     verdict = judged(Interval(mean, error, 99))
-    assert verdict["outcome"] == outcome
-    assert words in verdict["sentence"]
+    assert verdict.outcome == outcome
+    assert words in verdict.sentence
 
 
 def test_a_difference_that_rounds_to_nothing_is_no_gain():
     verdict = judged(Interval(0.004, 0.0001, 99), Question("AP50", margin=0.0))
-    assert (verdict["outcome"], verdict["excludes_zero"]) == ("undecided", True)
-    assert "it rounds to 0.00, which is no gain or loss." in verdict["sentence"]
+    assert (verdict.outcome, verdict.excludes_zero) == ("undecided", True)
+    assert "it rounds to 0.00, which is no gain or loss." in verdict.sentence
 
 
 def test_a_look_has_a_level_of_its_own():
     """Zero is excluded at 5% and not at 1%; the power is that of the level too."""
     interval = Interval(0.5, 0.22, 50)
     fixed, look = judged(interval), judged(interval, level=0.01)
-    assert (fixed["outcome"], look["outcome"]) == ("gain", "undecided")
-    assert "99% interval" in look["sentence"] and "95% interval" in fixed["sentence"]
-    assert look["low"] < 0 < fixed["low"]
-    assert look["power"]["probability"] < fixed["power"]["probability"]
+    assert (fixed.outcome, look.outcome) == ("gain", "undecided")
+    assert "99% interval" in look.sentence and "95% interval" in fixed.sentence
+    assert look.low < 0 < fixed.low
+    assert look.power.probability < fixed.power.probability
 
 
 def curves(*last):
@@ -65,9 +66,8 @@ def curves(*last):
     ],
 )
 def test_ap_that_still_rises_is_told(plain, sge, told):
-    report = {"tasks": ["bbox"], "question": {"margin": 0.5}}
     by_arm = {name: dict(enumerate(runs)) for name, runs in (("plain", plain), ("sge", sge))}
-    found = still_learning(report, by_arm)
+    found = still_learning("bbox", 0.5, by_arm)
     assert len(found) == (told is not None)
     if told:
         assert f"AP still rose between the last two evaluations {told}: a difference may be one of how fast" in found[0]
