@@ -68,7 +68,13 @@ class Outlook:
 
 
 def given(
-    sd: Sequence[float], correlation: float = 0.0, image_error: float = 0.0, images: int = 5000, hours: float = math.nan
+    sd: Sequence[float],
+    correlation: float = 0.0,
+    image_error: float = 0.0,
+    images: int = 5000,
+    hours: float = math.nan,
+    *,
+    paired: bool = True,
 ) -> Outlook:
     """The outlook from numbers that the user knows.
 
@@ -79,6 +85,7 @@ def given(
         image_error: the standard error of the difference that the images add.
         images: of the validation set.
         hours: of a pair of runs.
+        paired: by seed; else two independent sets of seeds.
 
     Raises:
         UserError: a number that cannot be.
@@ -91,7 +98,9 @@ def given(
         raise UserError(f"--correlation {correlation} must be from -1 to 1")
     if not 0 <= image_error < 100 or images < 2:
         raise UserError("--image-error must be a number of AP points from 0 on, and --image-count at least 2")
-    return Outlook("as given", Design(sd[0], sd[-1], correlation, True, image_error, images), hours)
+    if correlation and not paired:
+        raise UserError("--correlation is of arms that are paired by seed: leave out --unpaired")
+    return Outlook("as given", Design(sd[0], sd[-1], correlation, paired, image_error, images), hours)
 
 
 def check_wanted(difference: float, seeds: int | None, hours: float) -> None:
@@ -115,9 +124,9 @@ def check_wanted(difference: float, seeds: int | None, hours: float) -> None:
         raise UserError(f"--hours {hours} must be a number above 0")
 
 
-def published(hours: float = math.nan) -> list[Outlook]:
+def published(hours: float = math.nan, *, paired: bool = True) -> list[Outlook]:
     """Outlooks from spreads that others have seen, for who has no pilot."""
-    return [Outlook(name, Design(sd, sd), hours) for name, sd in PUBLISHED]
+    return [Outlook(name, Design(sd, sd, paired=paired), hours) for name, sd in PUBLISHED]
 
 
 def from_pilot(path: str | Path, metric: str = "AP", *, paired: bool = True) -> list[Outlook]:
