@@ -269,13 +269,13 @@ def publish_file(part: Path, path: Path) -> None:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Writes ``path`` as :func:`replacing` does.
+    """Writes ``path`` as :func:`replacing` does; names of files that are no text have ? where they are not.
 
     Raises:
         UserError: it cannot be written; what was there is kept.
     """
     with replacing(path) as part:
-        part.write(content.encode() if isinstance(content, str) else content)
+        part.write(content.encode(errors="replace") if isinstance(content, str) else content)
 
 
 def write_json(path: Path, content: Any) -> None:

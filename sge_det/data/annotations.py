@@ -339,7 +339,7 @@ class _Reader:
 
     def _category(self, entry: dict) -> dict:
         number = self._whole_number(entry, "id", f"category {_shown(entry['name'])}", 0, _MOST_ID)
-        if not isinstance(entry["name"], str):
+        if not isinstance(entry["name"], str) or _has_half_characters(entry["name"]):
             raise UserError(f"{self.path}: category {number} has the name {_shown(entry['name'])}: a text is needed")
         points = entry.get("keypoints")
         are_names = isinstance(points, list) and points and all(isinstance(point, str) for point in points)
@@ -528,6 +528,11 @@ def rle_counts(text: str) -> np.ndarray | None:
 def _covers(counts: str | list[int]) -> bool:
     runs = rle_counts(counts) if isinstance(counts, str) else counts
     return any(runs[1::2])
+
+
+def _has_half_characters(text: str) -> bool:
+    """Whether it holds halves of UTF-16 characters, which JSON can write and no file can hold as text."""
+    return any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def check_file_name(json_file: str, name: str) -> None:

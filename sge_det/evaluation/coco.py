@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
@@ -95,13 +96,12 @@ def coco_metrics(evaluation: hotcoco.COCOeval) -> dict[str, float]:
 
 
 def metric_names(categories: Sequence[dict]) -> list[str]:
-    """The names of the metrics of :func:`coco_metrics`, in its order, for COCO's ``categories``."""
+    """The names of the metrics of :func:`coco_metrics` for COCO's ``categories``, in its order, each different."""
     by_id = {category["id"]: str(category["name"]) for category in categories}
-    names = list(by_id.values())
-    return [
-        *METRICS,
-        *(f"AP-{by_id[key]} {key}" if names.count(by_id[key]) > 1 else f"AP-{by_id[key]}" for key in sorted(by_id)),
-    ]
+    while len(set(by_id.values())) < len(by_id):
+        counts = Counter(by_id.values())
+        by_id = {key: f"{name} {key}" if counts[name] > 1 else name for key, name in by_id.items()}
+    return [*METRICS, *(f"AP-{by_id[key]}" for key in sorted(by_id))]
 
 
 def _points(fraction: float) -> float:

@@ -2,12 +2,13 @@
 
 import argparse
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from ..evaluation.coco import metric_names
+from ..evaluation.coco import coco_metrics, evaluate_detections, metric_names
 from .classified import METRICS as CLASSIFIED
 from .classified import TOP1
 from .cluster import Cluster
@@ -218,7 +219,10 @@ def _provenance(matrix: Matrix, names: Sequence[str], plan: dict) -> dict[str, s
 def _check(matrix: Matrix, question: Question, bootstrap: int, against: str | None) -> None:
     """What would be found only after the training, before it."""
     reference_first([arm.name for arm in matrix.arms], against)
-    check_question(question, bootstrap, metric_names(GroundTruth(matrix.annotation_file).content["categories"]))
+    truth = GroundTruth(matrix.annotation_file)
+    check_question(question, bootstrap, metric_names(truth.content["categories"]))
+    if math.isnan(coco_metrics(evaluate_detections(truth.coco, [], "bbox"))[question.metric]):
+        raise UserError(f"--metric {question.metric} is absent in {matrix.annotation_file}: it has no such objects")
 
 
 def measure_classified_gain(

@@ -33,6 +33,7 @@ _SEQUENCES = 400_000
 # Of the integral over how two arms share their squares.
 _NODES = 64
 _MOST_SEEDS = 10_000
+_UNLIMITED = 10**7
 
 
 @dataclass(frozen=True)
@@ -449,6 +450,11 @@ def seeds_needed(
         middle = (low + high) // 2
         low, high = (low, middle) if power(design, difference, middle, alpha) >= wanted else (middle, high)
     return high
+
+
+def seeds_suffice(design: Design, difference: float, wanted: float = POWER, alpha: float = ALPHA) -> bool:
+    """Whether some number of seeds shows a true ``difference`` with probability ``wanted``."""
+    return not design.image_error or power(design, difference, _UNLIMITED, alpha) >= wanted
 
 
 @functools.cache

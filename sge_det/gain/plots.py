@@ -20,7 +20,8 @@ from .tables import decisive
 REFERENCE_COLOR = "#5a5a5a"
 _MARKERS = ("o", "s", "D", "^", "v", "P")
 # Large enough to be read at half the size.
-_STYLE = rc_context({"font.size": 13, "axes.titlesize": 14, "font.family": "DejaVu Sans"})
+# Names from outside may hold a $, which is no formula.
+_STYLE = rc_context({"font.size": 13, "axes.titlesize": 14, "font.family": "DejaVu Sans", "text.parse_math": False})
 _WIDTH = 10.0  # inches
 _DPI = 120
 # Categories that are shown where there are more: half of them the best, half the worst.
@@ -77,7 +78,7 @@ def forest(report: Report) -> Figure:
                     ax.plot([found.low, found.high], [y, y], color=color, lw=3.5, alpha=0.55, solid_capstyle="butt")
                 if len(difference.values) > 1:
                     ax.plot(difference.values, [y] * len(difference.values), ".", color=color, ms=7, alpha=0.8)
-                label = name if row == 0 else None
+                label = _label(name) if row == 0 else None
                 marker = _marker(report, name)
                 ax.plot(difference.mean, y, marker, color=color, ms=9, mec="white", mew=1.2, label=label, zorder=4)
                 text = f"{difference.mean:+.1f}"
@@ -139,7 +140,7 @@ def category_differences(report: Report) -> Figure:
                 ax.plot([0, difference.mean], [y, y], color=color, lw=2, alpha=0.45)
                 if len(difference.values) > 1:
                     ax.plot(difference.values, [y] * len(difference.values), ".", color=color, ms=6, alpha=0.8)
-                label = name if row == 0 else None
+                label = _label(name) if row == 0 else None
                 ax.plot(difference.mean, y, marker, color=color, ms=8, mec="white", mew=1, label=label)
         ax.axvline(0, color="black", lw=1, zorder=0)
         of_all = f", {len(names)} of {all_of_them} categories" if len(names) < all_of_them else ""
@@ -169,7 +170,7 @@ def error_differences(report: Report) -> Figure:
                     ax.plot([found.low, found.high], [y, y], color=color, lw=3.5, alpha=0.55, solid_capstyle="butt")
                 if len(difference.values) > 1:
                     ax.plot(difference.values, [y] * len(difference.values), ".", color=color, ms=7, alpha=0.8)
-                label = name if row == 0 else None
+                label = _label(name) if row == 0 else None
                 ax.plot(difference.mean, y, marker, color=color, ms=9, mec="white", mew=1.2, label=label, zorder=4)
         ax.axvline(0, color="black", lw=1, zorder=0)
         for edge in (len(TIDE), len(TIDE) + len(CALIBRATION)):
@@ -199,7 +200,7 @@ def learning_curves(report: Report, curves: Curves) -> Figure:
                 style = {"color": arm_color(report, name), "lw": 1.6, "alpha": 0.85}
                 if key != "total_loss":
                     style |= {"marker": _marker(report, name), "ms": 6, "mec": "white", "mew": 0.6}
-                ax.plot(points[:, 0], points[:, 1], label=name if number == 0 else None, **style)
+                ax.plot(points[:, 0], points[:, 1], label=_label(name) if number == 0 else None, **style)
         ax.set_xlabel("iteration" if metric == "AP" else "epoch")
         ax.set_ylabel(label)
         ax.grid(alpha=0.3)
@@ -222,7 +223,7 @@ def precision_recall(measurement: Measurement) -> Figure:
             dashes = "--" if name == report.reference else "-"
             if len(lines) > 1:
                 ax.plot(measurement.recall, lines.T, color=color, lw=0.8, alpha=0.4)
-            ax.plot(measurement.recall, lines.mean(0), dashes, color=color, lw=2.4, label=name)
+            ax.plot(measurement.recall, lines.mean(0), dashes, color=color, lw=2.4, label=_label(name))
         ax.set_title(f"{TASK_NAMES[task]}, IoU {float(iou):g}")
         ax.set_xlim(0, 1)
         ax.set_ylim(0, 1.02)
@@ -249,6 +250,11 @@ def _legend(figure: Figure, ax: Axes) -> None:
     handles, labels = ax.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6), frameon=False)
+
+
+def _label(name: str) -> str:
+    """The name of an arm for the legend, which leaves out what begins with "_"."""
+    return f" {name}" if name.startswith("_") else name
 
 
 @rc_context({"pdf.fonttype": 42, "svg.hashsalt": "sge_det"})

@@ -18,6 +18,7 @@ from .inference import (
     minimal_detectable_difference,
     power,
     seeds_needed,
+    seeds_suffice,
 )
 from .parts import Difference, Report
 from .run import RESULT_FILE
@@ -100,7 +101,10 @@ def given(
         raise UserError("--image-error must be a number of AP points from 0 on, and --image-count at least 2")
     if correlation and not paired:
         raise UserError("--correlation is of arms that are paired by seed: leave out --unpaired")
-    return Outlook("as given", Design(sd[0], sd[-1], correlation, paired, image_error, images), hours)
+    outlook = Outlook("as given", Design(sd[0], sd[-1], correlation, paired, image_error, images), hours)
+    if not outlook.spread:
+        raise UserError(f"--sd with --correlation {correlation:g} leaves no spread of the difference")
+    return outlook
 
 
 def check_wanted(difference: float, seeds: int | None, hours: float) -> None:
@@ -201,7 +205,8 @@ def tables(outlook: Outlook, difference: float, seeds: int | None = None, arms: 
     by_difference = []
     for value in sorted({*_DIFFERENCES, difference}):
         needed = seeds_needed(design, value, alpha=alpha, most=_MOST_SEEDS)
-        row = [f"{value:g}", "none suffices: more images" if needed is None else str(needed)]
+        few = f"more than {_MOST_SEEDS}" if seeds_suffice(design, value, alpha=alpha) else "none suffices: more images"
+        row = [f"{value:g}", few if needed is None else str(needed)]
         by_difference.append([*row, _cost(outlook, needed)])
     by_seeds = []
     for count in sorted({*_SEEDS, *([seeds] if seeds else [])}):

@@ -141,7 +141,7 @@ def interval_table(report: Report) -> Table:
             row = [f"{name} - {report.reference}, {TASK_NAMES[task]} {metric}{what}", _signed(found.mean)]
             of = found.intervals
             row += map(_span, (of.seeds, of.welch, of.images, of.both))
-            row += [_signed_if_known(found.seed_correlation), f"{found.probability_of_improvement:.2f}"]
+            row += [_signed_if_known(found.seed_correlation), _number(found.probability_of_improvement)]
             rows.append([*row, _signed_if_known(found.effect_size)])
     return Table(header, rows)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .inference import ALPHA, POWER, Interval, Outcome, measured_design, outcomes, power, seeds_needed
+from .inference import ALPHA, POWER, Interval, Outcome, measured_design, outcomes, power, seeds_needed, seeds_suffice
 from .parts import TASK_NAMES, Power, Question, Verdict
 
 # Gates whose standard deviation over the positions of a map is less than this multiply all positions alike.
@@ -62,7 +62,7 @@ def judge(
         evidence = {name: replace(each, both=each.both and each.both.at(1 - level)) for name, each in evidence.items()}
     corrected = outcomes([each.both for each in evidence.values()], question.margin, level)
     for (name, each), outcome in zip(evidence.items(), corrected):
-        seen = _power(each, question, level / len(evidence)) if primary else None
+        seen, power_sentence = _power(each, question, level / len(evidence)) if primary else (None, "")
         sentence = f"{name} - {reference} = {each.mean:+.2f} {TASK_NAMES[task]} {metric}"
         if math.isnan(each.mean):
             sentence = f"{name} against {reference}: {TASK_NAMES[task]} {metric} is absent, the ground truth has none."
@@ -70,7 +70,9 @@ def judge(
             sentence += ": both are 0 with every seed. Neither detects anything, so there is nothing to compare."
         else:
             sentence += _of_seeds(each) + _what_it_shows(each, outcome, question, len(evidence), bootstrap, level)
-            sentence += _in_words(seen, len(each.arm))
+            sentence += power_sentence
+            if not any(each.reference):
+                sentence += f" {reference} is 0 with every seed: it detects nothing."
         if not primary:
             sentence = f"Exploratory, counted with nothing else: {sentence}"
         excludes = None if each.both is None else each.both.low > 0 or each.both.high < 0
@@ -111,7 +113,7 @@ def _what_it_shows(
         )
     if each.both is None:
         return "too few images have such objects for an interval over images, so it is undecided."
-    p = f"p {outcome.p:.3f}" + (f" after Holm's correction for {arms} arms" if arms > 1 else "")
+    p = _p(outcome.p) + (f" after Holm's correction for {arms} arms" if arms > 1 else "")
     margin = f"{question.margin:g} points"
     if outcome.outcome in ("gain", "loss"):
         text = f"zero is excluded, a {outcome.outcome} ({p})"
@@ -129,24 +131,27 @@ def _what_it_shows(
     return text
 
 
-def _power(each: Evidence, question: Question, alpha: float) -> Power | None:
+def _power(each: Evidence, question: Question, alpha: float) -> tuple[Power | None, str]:
+    """What could have been seen, and the sentence that tells it."""
     if each.both is None or not question.difference:
-        return None
+        return None, ""
     design = measured_design(each.reference, each.arm, each.both, each.images, paired=question.paired)
-    count = len(each.arm)
-    needed = seeds_needed(design, question.difference, alpha=alpha, most=_MOST_SEEDS)
-    probability = power(design, question.difference, count, alpha)
-    return Power(question.difference, probability, None if needed is None else max(needed - count, 0))
+    count, difference = len(each.arm), question.difference
+    needed = seeds_needed(design, difference, alpha=alpha, most=_MOST_SEEDS)
+    more = None if needed is None else max(needed - count, 0)
+    probability = power(design, difference, count, alpha)
+    text = f" A true difference of {difference:g} would have been seen with probability {probability:.2f}"
+    if more:
+        text += f"; {more} more seed{'s' if more > 1 else ''} for {POWER:g}"
+    elif more is None and seeds_suffice(design, difference, alpha=alpha):
+        text += f"; {POWER:g} takes more than {_MOST_SEEDS} seeds"
+    elif more is None:
+        text += f"; no number of seeds makes it {POWER:g}, more images are needed"
+    return Power(difference, probability, more), f"{text}."
 
 
-def _in_words(seen: Power | None, count: int) -> str:
-    if seen is None:
-        return ""
-    text = f" A true difference of {seen.difference:g} would have been seen with probability {seen.probability:.2f}"
-    if seen.more_seeds is None:
-        return f"{text}; no number of seeds makes it {POWER:g}, more images are needed."
-    more = f"; {seen.more_seeds} more seed{'s' if seen.more_seeds > 1 else ''} for {POWER:g}" if seen.more_seeds else ""
-    return f"{text}{more}."
+def _p(value: float) -> str:
+    return "p < 0.001" if value < 0.001 else f"p {value:.3f}"
 
 
 def still_learning(task: str, margin: float, curves: Mapping[str, Mapping[int, Mapping[str, Sequence]]]) -> list[str]:

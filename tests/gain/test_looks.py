@@ -129,6 +129,14 @@ def test_a_width_ends_it_too_and_the_same_call_again_trains_nothing(make, monkey
     assert to_json(decide_gain(make(range(6)), looks, bootstrap=200).report)["verdicts"] == first["verdicts"]
 
 
+def test_a_metric_that_is_absent_is_told_before_anything_is_trained(make):
+    matrix = make([0])
+    for ask in (measure_gain, lambda *args, **options: decide_gain(args[0], Looks(most=4, decide=True), **options)):
+        with pytest.raises(UserError, match=r"--metric APl is absent in .*: it has no such objects"):
+            ask(matrix, bootstrap=200, question=Question("APl"))
+    assert not finished(matrix) and not (matrix.output / "plan.json").exists()
+
+
 def test_another_question_than_was_declared_is_told(make):
     decide_gain(make(range(4)), Looks(first=3, most=4, until=100.0), bootstrap=200)
     with pytest.raises(UserError, match="begun with another question"):

@@ -1,11 +1,13 @@
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 from pycocotools import mask as mask_utils
 
 from sge_det import UserError
+from sge_det.evaluation.coco import metric_names
 from sge_det.gain import compare_results, seed_interval, to_json, welch_interval
 from sge_det.gain.gallery import hits, most_different
 from sge_det.gain.input import GroundTruth
@@ -106,6 +108,11 @@ def test_undefined_metrics_have_no_interval(truth_file, tmp_path):
         assert math.isnan(report["arms"]["sge"]["bbox"][absent]["mean"])
         assert report["differences"]["sge"]["bbox"][absent]["images_by_seed"] == [None]
         assert set(report["differences"]["sge"]["bbox"][absent]["intervals"].values()) == {None}
+    absent = compare_results(truth_file, files, tmp_path / "out", bootstrap=0, question=Question("APl")).report
+    assert "box APl is absent" in absent.verdict
+    assert not re.search(
+        r"\bnan\b", (tmp_path / "out/report.md").read_text() + (tmp_path / "out/report.html").read_text()
+    )
 
 
 def compared(truth_file, folder, arms, **options):
@@ -360,6 +367,13 @@ def test_categories_of_one_name_are_told_apart(truth_file, tmp_path):
     assert scores["AP-cup 3"]["mean"] == pytest.approx(cup_ap(3))
     assert scores["AP-cup 7"]["mean"] == pytest.approx(100)
     assert "AP-fork" in scores and "AP-cup" not in scores
+
+
+def test_categories_whose_names_are_those_that_told_others_apart(truth_file):
+    content = json.loads(truth_file.read_text())
+    content["categories"] = [{"id": 3, "name": "cup"}, {"id": 7, "name": "cup"}, {"id": 9, "name": "cup 3"}]
+    names = metric_names(content["categories"])[-3:]
+    assert names == ["AP-cup 3 3", "AP-cup 7", "AP-cup 3 9"]
 
 
 def test_hits_meet_each_object_once():

@@ -10,6 +10,7 @@ from scipy.stats import ttest_1samp
 from sge_det import UserError
 from sge_det.files import write_json
 from sge_det.gain import Question, to_json
+from sge_det.gain.inference import Design, seeds_suffice
 from sge_det.gain.measurement import compared
 from sge_det.gain.power import from_pilot, given, in_words, published, tables
 
@@ -101,6 +102,16 @@ def test_pilots_that_tell_nothing(pilot, tmp_path):
     for name, words in (("none", "is no report.json of measure_gain"), ("absent", "cannot be read: No such file")):
         with pytest.raises(UserError, match=rf"--pilot .*{name}\.json {words}"):
             from_pilot(tmp_path / f"{name}.json")
+
+
+def test_what_takes_too_many_seeds_is_not_for_want_of_images():
+    """2.8 standard errors, so 31 million seeds at 0.5 AP and 0.00025; the images hold nothing back."""
+    rows_of = rows(tables(given([0.5]), 0.00025)[0])
+    assert rows_of["0.00025"][0] == "more than 1000"
+    assert seeds_suffice(Design(0.5, 0.5, image_error=0.2, images=10_000), 0.6)
+    assert not seeds_suffice(Design(0.5, 0.5, image_error=0.2, images=10_000), 0.5)
+    with pytest.raises(UserError, match="leaves no spread of the difference"):
+        given([0.5], correlation=1.0)
 
 
 @pytest.mark.parametrize("arguments", [([0.0],), ([1, 2, 3],), ([1.0], 2.0), ([1.0], 0.0, -1.0), ([1.0], 0, 0, 1)])

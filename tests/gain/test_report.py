@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as mask_utils
 
-from sge_det.gain import compare_results
+from sge_det import UserError
+from sge_det.gain import Question, compare_results
 from sge_det.gain.tables import pointing_tables
 
 
@@ -118,6 +119,30 @@ def test_page_is_self_contained_and_whole(compared):
     assert page.tables[2:6] == [1 + 7] * 2 + [1 + len(truth["categories"])] * 2
     assert all(count > 1 for count in page.tables)
     assert "<ig>" not in text
+
+
+def test_the_declared_metric_may_be_of_a_category_with_any_name(tmp_path):
+    name = "<i>x|$y_{"
+    box = {"category_id": 1, "bbox": [5, 5, 20, 20]}
+    truth = {"images": [{"id": 1, "file_name": "1.jpg", "height": 50, "width": 50}]}
+    truth |= {"annotations": [box | {"id": 1, "image_id": 1, "area": 400, "iscrowd": 0}]}
+    truth |= {"categories": [{"id": 1, "name": name}]}
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    arms = {}
+    for arm, score in (("a", 0.5), ("b", 0.6)):
+        # a byte of a file's name that is no text
+        arms[arm] = [tmp_path / f"{arm}\udcff.json"]
+        arms[arm][0].write_text(json.dumps([box | {"image_id": 1, "score": score}]))
+    compare_results(
+        tmp_path / "truth.json", arms, tmp_path / "out", bootstrap=0, question=Question(metric=f"AP-{name}")
+    )
+    page, text = ((tmp_path / f"out/report.{kind}").read_text() for kind in ("html", "md"))
+    assert "<i>" not in page and "(all but AP-&lt;i&gt;x|$y_{ are exploratory)" in page
+    assert "<i>" not in text and r"AP-&lt;i&gt;x\|\$y\_\{" in text
+    truth["categories"][0]["name"] = "half \ud800"
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    with pytest.raises(UserError, match=r"category 1 has the name 'half .*: a text is needed"):
+        compare_results(tmp_path / "truth.json", arms, tmp_path / "out", bootstrap=0)
 
 
 def test_markdown_has_every_metric(compared):

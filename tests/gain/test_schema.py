@@ -1,6 +1,7 @@
 """Reports that exist are drawn again, of this schema and the one before; figures and tables as files of their own."""
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -11,14 +12,16 @@ from PIL import Image
 from scipy import stats
 
 from sge_det import UserError
-from sge_det.gain import compare_results, draw_report, plots, to_json, write_figures
+from sge_det.gain import Looks, compare_results, draw_report, from_json, plots, to_json, write_figures
 from sge_det.gain.latex import escape_latex
+from sge_det.gain.looks import Look
+from sge_det.gain.parts import Cost, Declared
 from sge_det.gain.schema import read_report
 from sge_det.gain.tables import Table, report_tables
 
 OLD = sorted((ROOT / "docs/results").glob("**/*.json"))
 OLD = [path for path in OLD if '"schema":1' in path.read_text()[:20]]
-NASTY = "=a_b & c|d\\e%"
+NASTY = "=a_b & c|d\\e%$x_{"
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +100,53 @@ def test_what_is_no_report_is_refused(tmp_path, content):
         read_report(tmp_path / "nothing.json")
 
 
+WRONG = {
+    "reference": "nobody",
+    "seeds": [],
+    "tasks": ["boxes"],
+    "images": "many",
+    "confidence": True,
+    "question": {"metric": "AP99", "margin": 0.5, "paired": True, "difference": 1.0},
+    "arms": {"plain": {"bbox": {}}},
+    "differences": {},
+    "gates": [],
+    "verdicts": [{"outcome": "win"}],
+    "verdict": None,
+    "origins": {"arms": {}},
+    "cost": {"plain": {"runs": 1.5}},
+    "look": {"seeds": 3},
+    "departures": "many",
+    "provenance": {"config": 3},
+}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_a_report_whose_parts_are_wrong_is_refused(compared, tmp_path, key):
+    _, folder = compared
+    content = json.loads((folder / "report.json").read_text())
+    (tmp_path / "report.json").write_text(json.dumps(content | {key: WRONG[key]}))
+    with pytest.raises(UserError, match=r"report\.json is no (whole )?report\.json of measure_gain: ") as told:
+        read_report(tmp_path / "report.json")
+    assert len(str(told.value)) < 500
+
+
+def test_every_part_is_read_as_it_was_written(compared):
+    """Both ways: the values of a report, with those that only training brings, and what a later version might add."""
+    measurement, _ = compared
+    report = dataclasses.replace(
+        measurement.report,
+        look=Look(3, 0.012, Looks(3, 5, 0.0, True)),
+        declared=Declared({"seeds": [0, 1, 2], "looks": None}, ("The seeds 2 were added.",)),
+        cost={"plain": Cost(3, 1.5, 3.0, 0.25)},
+        others={"later": [1, None]},
+    )
+    content = to_json(report)
+    # as text: NaN is not equal to itself
+    assert repr(from_json(json.loads(json.dumps(content)))) == repr(report)
+    assert content["differences"][NASTY]["bbox"]["AP"]["intervals"]["both"]["low"] < 0
+    assert (content["look"]["most"], content["plan"], content["later"]) == (5, report.declared.plan, [1, None])
+
+
 def test_figures_are_files_of_vectors(compared, tmp_path):
     measurement, _ = compared
     write_figures(tmp_path, measurement)
@@ -109,6 +159,17 @@ def test_figures_are_files_of_vectors(compared, tmp_path):
     assert (tmp_path / "figures/differences.pdf").read_bytes().startswith(b"%PDF")
     assert plots.rendered(plots.forest(measurement.report), "svg") == svg, "the same picture is the same file"
     assert Image.open(io.BytesIO(plots.rendered(plots.forest(measurement.report)))).width > 300
+
+
+def test_a_legend_has_names_that_begin_with_an_underscore(compared):
+    measurement, _ = compared
+    report = measurement.report
+    renamed = {
+        part: {name.replace(NASTY, "_x"): of for name, of in getattr(report, part).items()}
+        for part in ("arms", "differences")
+    }
+    (legend,) = plots.forest(dataclasses.replace(report, **renamed)).legends
+    assert [text.get_text().strip() for text in legend.get_texts()] == ["_x"]
 
 
 def test_tables_as_csv_and_latex(compared):

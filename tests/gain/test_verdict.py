@@ -1,5 +1,7 @@
 """What verdicts say, from a few numbers."""
 
+import math
+
 import pytest
 
 from sge_det.gain.inference import Interval
@@ -19,9 +21,9 @@ def judged(both, question=AP50, reference=(50.0, 50.4, 50.2), arm=(50.5, 51.0, 5
 @pytest.mark.parametrize(
     ("mean", "error", "outcome", "words"),
     [
-        (0.5, 0.05, "gain", "zero is excluded, a gain (p 0.000)."),
-        (0.2, 0.02, "gain", "a gain (p 0.000), though one of less than 0.5 points."),
-        (-0.5, 0.05, "loss", "zero is excluded, a loss (p 0.000)."),
+        (0.5, 0.05, "gain", "zero is excluded, a gain (p < 0.001)."),
+        (0.2, 0.02, "gain", "a gain (p < 0.001), though one of less than 0.5 points."),
+        (-0.5, 0.05, "loss", "zero is excluded, a loss (p < 0.001)."),
         (0.1, 0.15, "no relevant difference", "no relevant difference: one of 0.5 points or more is excluded."),
         (0.4, 0.5, "undecided", "undecided: neither zero (p 0.426) nor a difference of 0.5 points is excluded."),
         (0.004, 0.0001, "no relevant difference", "no relevant difference"),
@@ -37,6 +39,19 @@ def test_a_difference_that_rounds_to_nothing_is_no_gain():
     verdict = judged(Interval(0.004, 0.0001, 99), Question("AP50", margin=0.0))
     assert (verdict.outcome, verdict.excludes_zero) == ("undecided", True)
     assert "it rounds to 0.00, which is no gain or loss." in verdict.sentence
+
+
+@pytest.mark.parametrize(
+    ("error", "of_images", "words"),
+    [(0.02, 0.0, None), (8.0, 0.1, "; 0.8 takes more than 1000 seeds."), (8.0, 7.9, "no number of seeds makes it 0.8")],
+)
+def test_more_seeds_or_more_images(error, of_images, words):
+    """A difference of 1: seeds suffice where the images' own standard error is less than 1 / 2.8."""
+    of_seeds = Interval(0.5, math.sqrt(error**2 - of_images**2), 2)
+    both = Interval(0.5, error, 10, least=of_seeds)
+    spread = of_seeds.error * math.sqrt(3)
+    sentence = judged(both, arm=(50 + 0.5 - spread, 50.4 + 0.5, 50.2 + 0.5 + spread)).sentence
+    assert words in sentence if words else sentence.count(";") == 0
 
 
 def test_a_look_has_a_level_of_its_own():
