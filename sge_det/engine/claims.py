@@ -64,6 +64,9 @@ def claimed_folder(
     Args:
         made_from: returns the run's fingerprint.
         changeable: says of a key whether it may change on the way.
+
+    Raises:
+        UserError: as :func:`claimed`; or, at the end, the folder was removed in between.
     """
     folder = Path(folder)
     with contextlib.ExitStack() as stack:
@@ -75,6 +78,24 @@ def claimed_folder(
             _prepare(folder, made_from(), resume, overwrite, changeable)
         comm.synchronize()
         yield
+        if comm.is_main_process():
+            check_still_there(folder / FINGERPRINT_FILE)
+
+
+def check_still_there(first_file: Path) -> None:
+    """Tells where somebody removed a run's folder in the middle: what is in it now was written since.
+
+    Args:
+        first_file: what the run wrote there before all else.
+
+    Raises:
+        UserError: it is gone.
+    """
+    if not first_file.is_file():
+        raise UserError(
+            f"{first_file.parent} was removed while the run was writing there, so that what is in it now is not whole: "
+            "run the same command with --overwrite in place of --resume, or name another folder"
+        )
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import filelock
 import torch
 
+from ..engine.fingerprint import FINGERPRINT_FILE
 from ..engine.stopping import asked
 from ..errors import Resumable, UserError, exit_code
 from ..files import cannot_write, disk_full, is_disk_full
@@ -97,7 +98,10 @@ class RunProcess:
             return False
         self._release()
         is_finished = self.run.finished or self.lock is None
-        if (code == 0 and is_finished) or (code == _STOPPED and asked() is not None):
+        if code == _STOPPED and asked() is not None:
+            return True
+        self._check_folder()
+        if code == 0 and is_finished:
             return True
         if code == _STOPPED:
             raise Resumable(f"{self.run.name} was stopped by a signal")
@@ -112,6 +116,16 @@ class RunProcess:
         what = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"failed (exit {code})"
         last = lines[-1].strip() if lines else "(empty)"
         raise RunFailed(f"{self.run.name} {what}; its log is {self.run.log}, which ends with: {last}")
+
+    def _check_folder(self) -> None:
+        """What is in a folder that was removed in the middle of the run was written since, and is not whole."""
+        folder = self.run.folder
+        there = self.run.log.is_file() and (self.lock is None or (folder / FINGERPRINT_FILE).is_file())
+        if not there:
+            raise UserError(
+                f"{folder} was removed while {self.run.name} was writing there: remove what is left of it and run the "
+                "same command again"
+            )
 
     def ask_to_stop(self) -> None:
         """The run's step ends, and a checkpoint is written, before its process ends."""

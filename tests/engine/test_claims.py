@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 
 import pytest
 from conftest import TINY
@@ -139,6 +140,21 @@ def test_resume_without_a_checkpoint_is_no_silent_start(config, tmp_path, caplog
     with caplog.at_level(logging.WARNING), claimed(config(), resume=True):
         pass
     assert "no checkpoint yet, the run starts at iteration 0" in caplog.text
+
+
+def test_a_folder_that_vanishes_in_the_middle_is_told(config, tmp_path):
+    with (
+        pytest.raises(
+            UserError, match=r"run was removed while the run was writing there.*with --overwrite in place of"
+        ),
+        claimed(config()),
+    ):
+        shutil.rmtree(tmp_path / "run")
+        (tmp_path / "run").mkdir()  # by what is written next
+        (tmp_path / "run/model_final.pth").write_text("whole")
+    with claimed(config(), overwrite=True):
+        pass
+    assert not (tmp_path / "run/model_final.pth").exists()
 
 
 def test_two_at_once_in_a_folder_are_refused(config):

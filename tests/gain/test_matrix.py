@@ -292,6 +292,12 @@ def test_mistakes_that_a_run_finds_are_told(sample, sample_datasets, tmp_path):
         ),
         ("kill -9 $$", RunFailed, r"plain/seed0 was killed by signal 9 \(SIGKILL\)"),
         ("exit 0", RunFailed, r"plain/seed0 failed \(exit 0\)"),
+        # as where somebody removed the folder, and the run made it again
+        (
+            'rm "$(dirname "$0")/out/plain/seed0/fingerprint.json"; exit 1',
+            UserError,
+            "seed0 was removed while plain/seed0 was writing there: remove what is left of it and run the same command",
+        ),
     ],
 )
 def test_how_runs_end(tmp_path, sample_datasets, monkeypatch, ending, kind, words):

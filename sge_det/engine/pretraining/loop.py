@@ -28,7 +28,7 @@ from ...data.loader import leave_signals_to_parent, with_plain_errors
 from ...errors import Stopped, UserError
 from ...files import make_folder, read_json, remove_file, replacing, write_json
 from ...solver import scale_sge_lr
-from ..claims import locked
+from ..claims import check_still_there, locked
 from ..stopping import asked, waiting
 from .options import CHECKPOINT, FINAL, MADE_FROM, PREDICTIONS, RESULT, Pretraining, flag
 
@@ -78,7 +78,9 @@ def pretrain(run: Pretraining, *, resume: bool = False, overwrite: bool = False)
     with locked(run.folder):
         _claim(run, world, resume, overwrite)
         comm.synchronize()
-        return _Session(run).execute()
+        result = _Session(run).execute()
+        check_still_there(run.folder / MADE_FROM)
+        return result
 
 
 def _claim(run: Pretraining, world: int, resume: bool, overwrite: bool) -> None:
