@@ -162,6 +162,8 @@ def _what_else(data: bytes) -> str:
     for beginning, what in _BEGINNINGS.items():
         if start.startswith(beginning) if beginning else not start:
             return f", but {what}"
+    if re.match(rb"\d+( -?[\d.]+){4,}\s", start):
+        return ", but lines of numbers as YOLO has them: export COCO's format"
     lines = [line for line in start.split(b"\n")[:2] if line.strip()]
     if len(lines) == 2 and all(line.strip()[:1] == b"{" and line.strip()[-1:] == b"}" for line in lines):
         return ", but a JSON value in each line (NDJSON, ODGT): convert it to COCO's format"
@@ -181,16 +183,37 @@ _FORMATS = {
     "Labelbox's": ("data_row", "projects"),
     "COCO's results, which are detections and no annotations": ("image_id", "score"),
     "predictions of Ultralytics": ("name", "confidence", "box"),
+    "COCO's captions, which have no boxes": ("caption", "image_id"),
+    "CreateML's": ("image", "annotations"),
+    "Label Studio's JSON_MIN": ("image", "annotator"),
+    "BDD100K's": ("name", "labels"),
+    "Datumaro's own": ("categories", "items"),
+    "FiftyOne's own": ("samples",),
+    "SuperAnnotate's own": ("metadata", "instances"),
+    "Kili's": ("externalId", "jsonResponse"),
+    "Dataloop's": ("filename", "annotations"),
+    "VoTT's": ("assets",),
+    "VIA's own export": ("filename", "regions"),
+    "mmdetection's own": ("data_list",),
+    "YouTube-VIS's, which is of videos": ("videos",),
+    "GeoJSON": ("features", "type"),
 }
 
 
 def _other_format(whole: Any) -> str:
     """Whose format a JSON value is in that is not COCO's, in a few words; "" where its keys do not tell."""
-    sample = whole[0] if isinstance(whole, list) and whole else whole
-    if not isinstance(sample, dict):
-        return ""
-    tool = next((tool for tool, keys in _FORMATS.items() if all(key in sample for key in keys)), None)
-    return f"; it looks like {tool}: export or convert it to COCO's" if tool else ""
+    samples = [whole[0] if isinstance(whole, list) and whole else whole]
+    if isinstance(whole, list) and len(whole) == 1 and isinstance(whole[0], dict) and _READ.keys() <= whole[0].keys():
+        return ", but that format in a list of one: take it out"
+    if isinstance(whole, dict):
+        entries = whole.get("annotations")
+        samples += [next(iter(whole.values()), None), entries[0] if isinstance(entries, list) and entries else None]
+    for sample in samples:
+        keys = set(sample) if isinstance(sample, dict) else set()
+        tool = next((tool for tool, marks in _FORMATS.items() if keys.issuperset(marks)), None)
+        if tool:
+            return f"; it looks like {tool}: export or convert it to COCO's"
+    return ""
 
 
 # Fields of COCO's other formats and of its kin.
@@ -252,7 +275,7 @@ class _Reader:
                 )
         for key in ("images", "categories"):
             if not whole[key]:
-                raise UserError(f"{self.path} has no {key}")
+                raise UserError(f"{self.path} has no {key}{_other_format(whole)}")
         images = [self._image(entry) for entry in self._entries("images", ("id", "file_name", "height", "width"))]
         categories = [self._category(entry) for entry in self._entries("categories", ("id", "name"))]
         sizes = self._unique("images", images, lambda image: (image["height"], image["width"]))

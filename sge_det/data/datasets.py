@@ -5,6 +5,7 @@ import os
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from urllib.parse import unquote
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -95,6 +96,8 @@ def missing_hint(name: str, image_root: str) -> str:
         return ": its folders are parted by \\; write / in file_name"
     if base != name and (root / base).is_file():
         return f": {base} is there; name the folder above, or take the folder out of file_name"
+    if (root / unquote(name)).is_file():
+        return f": {unquote(name)} is there; write file_name so, not as in an address"
     like = unicodedata.normalize("NFC", base.strip()).casefold()
     folder = path.parent
     near = sorted(os.listdir(folder)) if folder.is_dir() else []
