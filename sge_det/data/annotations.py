@@ -90,7 +90,8 @@ def read_annotations(json_file: str | os.PathLike[str]) -> Annotations:
     try:
         status = os.stat(path)
     except FileNotFoundError as error:
-        raise UserError(f"there is no annotation file {path}") from error
+        hint = ": that is an address; download the file" if "://" in path else ""
+        raise UserError(f"there is no annotation file {path}{hint}") from error
     except (OSError, ValueError) as error:
         raise UserError(f"the annotation file {path[:200]} cannot be read: {error}") from error
     if not stat.S_ISREG(status.st_mode):

@@ -33,6 +33,25 @@ def register_sample() -> None:
             register_coco_instances(name, {}, str(root / f"annotations/instances_{split}.json"), str(root / split))
 
 
+def register_datasets(datasets: Sequence[Sequence[str]]) -> dict[str, Annotations]:
+    """:func:`register_dataset` for ``--dataset`` triples; by their names.
+
+    Raises:
+        UserError: one of them cannot be used, or two have one name.
+    """
+    names = [name for name, _, _ in datasets]
+    for name, json_file, image_root in datasets:
+        if not name.strip():
+            raise UserError(f"--dataset {name!r} {json_file} {image_root}: give the data set a name")
+        if names.count(name) > 1:
+            raise UserError(
+                f"--dataset {name} is given {names.count(name)} times: give each data set a name of its own"
+            )
+        if Path(json_file).is_dir():
+            raise UserError(f"--dataset {name}: {json_file} is a folder; give NAME JSON IMAGES in this order")
+    return {name: register_dataset(name, json_file, image_root) for name, json_file, image_root in datasets}
+
+
 def register_dataset(name: str, json_file: str, image_root: str) -> Annotations:
     """Registers a COCO-format detection set with Detectron2 after a look at its files.
 
@@ -96,6 +115,9 @@ def missing_hint(name: str, image_root: str) -> str:
         return ": its folders are parted by \\; write / in file_name"
     if base != name and (root / base).is_file():
         return f": {base} is there; name the folder above, or take the folder out of file_name"
+    below = next((folder for folder in sorted(root.glob("*/")) if (folder / name).is_file()), None)
+    if below is not None:
+        return f": it is in {below}; name that folder"
     if (root / unquote(name)).is_file():
         return f": {unquote(name)} is there; write file_name so, not as in an address"
     like = unicodedata.normalize("NFC", base.strip()).casefold()
@@ -121,7 +143,7 @@ def use_datasets(
     Raises:
         UserError: a data set cannot be used, or ``NUM_CLASSES`` was set by hand to something else.
     """
-    found = {name: register_dataset(name, json_file, image_root) for name, json_file, image_root in datasets}
+    found = register_datasets(datasets)
     names = list(found)
     by_hand = set(overrides[::2])
     if names and not set(names) & {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}:

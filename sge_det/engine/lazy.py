@@ -30,7 +30,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ..checkpoint.checkpointer import Checkpointer, last_checkpoint
 from ..config import LOADER_TIMEOUT, load_lazy_config
-from ..data.datasets import check_datasets, class_names, register_dataset, register_sample
+from ..data.datasets import check_datasets, class_names, register_datasets, register_sample
 from ..data.loader import EvaluationLoader, map_image, seeded_loader
 from ..errors import UserError
 from ..files import write_file
@@ -160,7 +160,7 @@ def use_lazy_datasets(cfg: DictConfig, datasets: Sequence[Sequence[str]], *, eva
     Raises:
         UserError: one is not there, or has another number of classes than the model.
     """
-    found = {name: register_dataset(name, json_file, images) for name, json_file, images in datasets}
+    found = register_datasets(datasets)
     if found:
         train = [name for name in found if "train" in name] or list(found)[:1]
         cfg.dataloader.train.dataset.names = train

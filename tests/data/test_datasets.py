@@ -9,7 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.samplers import TrainingSampler
 
 import sge_det
-from sge_det.data.datasets import register_dataset
+from sge_det.data.datasets import register_dataset, register_datasets
 from sge_det.data.loader import ReplayableLoader, build_test_loader, build_train_loader
 from sge_det.engine.training import setup_config
 
@@ -249,3 +249,16 @@ def test_json_that_no_parser_takes_is_told(tmp_path, content):
     (tmp_path / "a.json").write_text(content, encoding="utf-8", errors="surrogatepass")
     with pytest.raises(sge_det.UserError, match="is not JSON"):
         register_dataset("damaged", str(tmp_path / "a.json"), str(tmp_path))
+
+
+def test_triples_that_are_no_data_sets_are_told(sample, sample_datasets):
+    (_, train, images), (_, val, others) = sample_datasets
+    for datasets, words in (
+        ([("a", train, images), ("a", val, others)], "--dataset a is given 2 times"),
+        ([("", train, images)], "give the data set a name"),
+        ([("a", images, train)], "is a folder; give NAME JSON IMAGES in this order"),
+        ([("a", "https://host/a.json", images)], "that is an address; download the file"),
+        ([("a", train, str(sample))], rf"it is in {images}; name that folder"),
+    ):
+        with pytest.raises(sge_det.UserError, match=words):
+            register_datasets(datasets)
