@@ -189,7 +189,8 @@ class RunJob:
 def _last_line(job: Any) -> str:
     """What a job that failed said last."""
     try:
-        lines = [line for line in Path(job.paths.stderr).read_text(errors="replace").splitlines() if line.strip()]
+        text = Path(job.paths.stderr).read_text(errors="replace")  # a bar of progress returns to its line's start
+        lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
     except OSError:
         lines = []
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
