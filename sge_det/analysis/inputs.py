@@ -68,7 +68,10 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
         else:
             fitting = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if _is_known(Path(name)))
             if not fitting:
-                raise UserError(f"--input {word}: there is no such file or folder, and no image or video matches it")
+                hint = "; download it" if "://" in word else ""
+                raise UserError(
+                    f"--input {word}: there is no such file or folder, and no image or video matches it{hint}"
+                )
             found += fitting
     if not found:
         raise UserError("give images, folders, globs or videos with --input")

@@ -28,7 +28,7 @@ from .checksums import (
     unusable,
     write_sidecar,
 )
-from .safe_load import load_checkpoint, load_file
+from .safe_load import check_address, load_checkpoint, load_file
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ def check_weights_exist(cfg: CfgNode) -> None:
         UserError: it is not there; says how to get it.
     """
     path = cfg.MODEL.WEIGHTS
+    check_address(path)
     if path and "://" not in path and not os.path.isfile(path):  # names too long for any file are none, too
         raise UserError(
             f"MODEL.WEIGHTS {path[:300]} is not there: put the weights there (see 'Weights' in the README), name "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
 from ..errors import UserError
@@ -25,6 +26,20 @@ _SAFETENSORS = {
     **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
 }
 _LONGEST_HEADER = 100 << 20
+
+
+def check_address(path: str) -> None:
+    """Checks that weights given by an address, if they are, can be fetched.
+
+    Raises:
+        UserError: nobody has told Detectron2's ``PathManager`` how to fetch such addresses.
+    """
+    known = tuple(PathManager._path_handlers)  # a user's own among them
+    if "://" in path and not path.startswith(known) and not os.path.exists(path):
+        raise UserError(
+            f"the weights {path[:300]} cannot be fetched: addresses begin with https://, http://, ftp:// or "
+            "detectron2://; download the file, and name it"
+        )
 
 
 def load_file(path: str | Path, *, beside: bool = False) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..layers.attention import is_sge_key
 from .checksums import sha256
-from .safe_load import load_checkpoint, what_is
+from .safe_load import check_address, load_checkpoint, what_is
 
 # What the keys tell, and how it is said.
 KINDS = {
@@ -226,6 +226,7 @@ def read_source(path: str, *, strict: bool = True, weights_of: str | None = None
     Raises:
         UserError: it cannot be read, would run code, or is of no known kind.
     """
+    check_address(path)
     try:
         local = PathManager.get_local_path(path)
     except (OSError, ValueError) as error:

@@ -21,9 +21,9 @@ from foreign_weights import detector, mmdet_state
 from omegaconf import OmegaConf
 from reference_models import torchvision_resnet
 
-from sge_det import UserError
+from sge_det import UserError, get_config
 from sge_det.checkpoint import convert_file, read_source
-from sge_det.checkpoint.checkpointer import Checkpointer
+from sge_det.checkpoint.checkpointer import Checkpointer, check_weights_exist
 from sge_det.checkpoint.checksums import unusable
 from sge_det.checkpoint.pickles import Refused, Stream, Unpickler
 from sge_det.checkpoint.safe_load import load_file
@@ -123,6 +123,16 @@ def test_what_holds_no_single_resnet_is_refused(tmp_path, content, words):
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(UserError, match=words):
         read_source(str(tmp_path / "w.pth"))
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/x.pth", "hf://timm/resnet50", "C://x.pth"])
+def test_addresses_that_nobody_fetches_are_told(address):
+    cfg = get_config("sample/faster_rcnn_SGE_R_50_FPN.yaml", ["MODEL.WEIGHTS", address])
+    for check in (lambda: read_source(address), lambda: check_weights_exist(cfg)):
+        with pytest.raises(
+            UserError, match=f"the weights {address} cannot be fetched: .* download the file, and name it"
+        ):
+            check()
 
 
 def archive(kind, name="a.txt"):
