@@ -2,4 +2,5 @@
 
 import warnings
 
-warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)
+# the second is what torch says from Python 3.14 on
+warnings.filterwarnings("ignore", r"`torch\.jit\.script` is (deprecated|not supported in Python 3\.14)", FutureWarning)
