@@ -315,8 +315,6 @@ class Unpickler:
             for place in target.places:
                 if self.memo.get(place) is target:
                     self.memo[place] = value
-            if isinstance(value, Shell):
-                value.places = target.places
         elif type(target) is OrderedDict:
             _set_versions(target, state)
         elif type(target) is Inert:

@@ -1,5 +1,6 @@
 """What ends a run, by the error or the file that does it: told in a sentence, and what counts most of several."""
 
+import argparse
 import errno
 import json
 import logging
@@ -14,7 +15,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from omegaconf import OmegaConf
 
 from sge_det.config import add_sge_config
-from sge_det.engine import launching
+from sge_det.engine import launching, lazy, logs, stopping
+from sge_det.engine.claims import locked
 from sge_det.engine.evaluations import Evaluations
 from sge_det.engine.faults import in_words
 from sge_det.engine.fingerprint import Contents, differences, fingerprint, source_hash
@@ -251,3 +253,70 @@ def test_evaluations_that_no_run_writes_are_told_with_what_to_do(tmp_path):
             Evaluations(tmp_path).read(5)
     os.remove(tmp_path / "evaluations.json")
     Evaluations(tmp_path).read(5)
+
+
+def test_the_first_signal_waits_for_the_step_and_the_second_does_not(monkeypatch, capfd):
+    class Ended(BaseException):
+        pass
+
+    def end(code):
+        raise Ended(code)
+
+    monkeypatch.setattr(stopping.os, "_exit", end)
+    with stopping.signals_handled():
+        with stopping.waiting():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert stopping.asked() == signal.SIGUSR1
+            with pytest.raises(Stopped), stopping.waiting(False):
+                pass
+            with pytest.raises(Ended, match="143"):
+                os.kill(os.getpid(), signal.SIGTERM)
+        monkeypatch.setattr(stopping._request, "pid", -1)
+        stopping._request.handle(signal.SIGINT)  # in a worker that was forked: nothing
+        assert stopping.asked() == signal.SIGUSR1
+    told = capfd.readouterr().err.splitlines()
+    assert told == ["stopping: the step ends first, and a checkpoint is written; again: at once", "stopped at once"]
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
+    def fail(lock, **options):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", fail)
+    with pytest.raises(UserError, match=r"cannot be written \(FileSystem .* flock\): name another"), locked(tmp_path):
+        pass
+
+
+@pytest.fixture
+def without_logs():
+    yield
+    for name in logs._LOGGERS:
+        logger = logging.getLogger(name)
+        for handler in [handler for handler in logger.handlers if isinstance(handler, LogFile)]:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+def test_a_second_run_of_a_process_has_a_log_of_its_own(tmp_path, monkeypatch, without_logs):
+    monkeypatch.setattr(logs, "collect_env_info", lambda: "the environment")
+    monkeypatch.setattr(logs, "setup_logger", lambda *given, name, **keys: logging.getLogger(name))
+    for name in ("first", "second"):
+        logs.start_logs(tmp_path / name, argparse.Namespace(), f"config of the {name}")
+        logging.getLogger("sge_det").warning(f"said in the {name}")
+    for name, other in (("first", "second"), ("second", "first")):
+        text = (tmp_path / name / "log.txt").read_text()
+        assert f"said in the {name}" in text and f"said in the {other}" not in text
+    (tmp_path / "third/log.txt").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"^OUTPUT_DIR \S+third cannot be written: Is a directory: name another$"):
+        logs.start_logs(tmp_path / "third", argparse.Namespace(), "")
+
+
+def test_lazy_configs_are_kept_as_they_are_and_models_that_cannot_be_are_told(tmp_path):
+    cfg = OmegaConf.create({"train": {"device": "cpu"}, "model": {"_target_": "torch.nn.Linear", "in_features": 2}})
+    lazy._save(cfg, tmp_path)
+    assert OmegaConf.load(tmp_path / "config.yaml") == cfg
+    with pytest.raises(UserError, match=r"the model of this config cannot be built \(TypeError: .*out_features"):
+        lazy.build_lazy_model(cfg, 0)
+    cfg.model.out_features = 3
+    first, second = lazy.build_lazy_model(cfg, 4), lazy.build_lazy_model(cfg, 4)
+    assert torch.equal(first.weight, second.weight) and first.weight.shape == (3, 2)

@@ -316,6 +316,9 @@ def test_weights_that_are_no_numbers_are_not_saved_and_a_slower_new_run_is(train
         ({"opt": "sdg"}, "--opt sdg is not taken by timm"),
         ({"auto_augment": "much"}, "--auto-augment much is not taken by timm"),
         ({"device": "gpu"}, "--device gpu is not one of cuda, cpu"),
+        ({"ema_decay": 1.0}, r"--ema-decay 1\.0 must be in \[0, 1\)"),
+        ({"seed": -1}, "--seed -1 must be from 0 to 2147483647"),
+        ({"amp": "float8"}, "--amp float8 is not one of bfloat16, float16"),
     ],
 )
 def test_mistakes_are_told(run, change, words):

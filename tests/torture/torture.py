@@ -419,7 +419,7 @@ def outcome(box: Path) -> dict[str, object]:
         if path.is_dir() or path.name.startswith("events.out.tfevents."):
             continue
         content = path.read_bytes()
-        if path.name in ("log.txt", "stretches.json", "instances_predictions.pth"):
+        if path.name in ("log.txt", "stretches.json", "cost.csv", "cost.tex", "instances_predictions.pth"):
             found[place] = "a log, times, or what nobody reads"
         elif path.name == "metrics.json":
             found[place] = _metrics(content)
