@@ -144,7 +144,7 @@ def image_interval(
     Args:
         mean: the difference on the images themselves, of a seed or of the mean over seeds.
         samples: (B,), the same difference for each bootstrap sample; NaN where it is undefined.
-        images: of the validation set.
+        images: that hold what the metric is of: a thousand images with two such objects tell as much as two.
 
     Returns:
         None where the metric is undefined, on the images or in half of the samples, and where no sample differs.
@@ -181,11 +181,12 @@ def both_interval(
         reference, arm: (n,) and (m,), the metric for each seed on the images themselves, in AP points.
         reference_samples, arm_samples: (n, B) and (m, B), the same for each bootstrap sample of the images, both with
             the same images in a sample; NaN where it is undefined.
-        images: of the validation set.
+        images: as in :func:`image_interval`.
         paired: by seed (n = m), as in :func:`seed_interval`; else as in :func:`welch_interval`.
 
     Returns:
-        None where the interval over the seeds or the bootstrap has no value.
+        None where the interval over the seeds or the bootstrap has no value, and where no sample of the images differs,
+        which tells of few such images and not of none that differ.
     """
     a, b = np.asarray(reference, dtype=float), np.asarray(arm, dtype=float)
     a_samples, b_samples = np.asarray(reference_samples, dtype=float), np.asarray(arm_samples, dtype=float)
@@ -193,7 +194,7 @@ def both_interval(
     if seeds is None:
         return None
     of_images = _image_variance(b_samples.mean(0) - a_samples.mean(0), images)
-    if not math.isfinite(of_images):
+    if not of_images > 0:
         return None
     tables = [b_samples - a_samples] if paired else [a_samples, b_samples]
     own = sum(_interaction(samples, images) / len(samples) for samples in tables)
@@ -223,6 +224,8 @@ def _image_variance(samples: np.ndarray, images: int) -> float:
     defined = samples[np.isfinite(samples)]
     if images < 2 or len(defined) < 2 or len(defined) < _MOST_UNDEFINED * len(samples):
         return math.nan
+    if not _spreads(defined):
+        return 0.0
     return float(defined.var(ddof=1)) * images / (images - 1)
 
 

@@ -12,8 +12,11 @@ import numpy as np
 
 from ..data.annotations import mask_fault, read_annotations
 from ..errors import UserError
-from ..evaluation.coco import TASKS
+from ..evaluation.coco import METRICS, TASKS, metric_names
 
+# COCO's, in pixels of area.
+_SIZES = {"APs": (0, 32**2), "APm": (32**2, 96**2), "APl": (96**2, math.inf)}
+_ALL_SIZES = [metric for metric in METRICS if metric not in _SIZES]
 # A suspicion is told where more than this share of the detections, or of the images, gives cause to it.
 _MOST = 0.5
 # Boxes may leave their image by so many pixels, which rounding does.
@@ -41,6 +44,18 @@ class GroundTruth:
     def annotations_of(self, image_id: int) -> list[dict]:
         """The objects and crowd regions of an image."""
         return [entry for entry in self.annotations if entry["image_id"] == image_id]
+
+    def images_by_metric(self) -> dict[str, int]:
+        """By metric, the number of images with an object that it is of: of its size or category; crowds are none."""
+        metrics = metric_names(self.content["categories"])
+        by_category = dict(zip(sorted(self.categories), metrics[len(METRICS) :], strict=True))
+        images: dict[str, set[int]] = {metric: set() for metric in metrics}
+        for entry in self.annotations:
+            if not entry.get("iscrowd"):
+                sizes = [size for size, (least, most) in _SIZES.items() if least <= entry["area"] <= most]
+                for metric in (*_ALL_SIZES, *sizes, by_category[entry["category_id"]]):
+                    images[metric].add(entry["image_id"])
+        return {metric: len(of_metric) for metric, of_metric in images.items()}
 
     def read_detections(self, path: str | Path) -> list[dict]:
         """Reads detections in COCO's result format and checks them.

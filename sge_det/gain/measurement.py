@@ -143,6 +143,7 @@ def measure(
         _bootstrap(_each(runs, "matches"), len(truth.images), bootstrap),
         seeds=seeds,
         images=len(truth.images),
+        informative=truth.images_by_metric(),
         bootstrap=bootstrap,
         question=question,
         level=level,
@@ -198,6 +199,7 @@ def compared(
     level: float = ALPHA,
     gates: Mapping[str, Mapping[int, dict]] | None = None,
     notes: Sequence[str] = (),
+    informative: Mapping[str, int] | None = None,
 ) -> Report:
     """The report on metrics of whatever kind.
 
@@ -207,8 +209,10 @@ def compared(
         images: of the validation set.
         bootstrap: number of samples.
         notes: sentences on what was given.
+        informative: by metric, the images that hold what it is of; all by default.
     """
     tasks = list(found)
+    counts = dict.fromkeys(found[tasks[0]][next(iter(found[tasks[0]]))][0], images) | dict(informative or {})
     reference, *others = names = list(found[tasks[0]])
     by_seed = {name: {str(seed): stages for seed, stages in of.items()} for name, of in (gates or {}).items()}
     differences: dict[str, dict[str, dict[str, Difference]]] = {name: {} for name in others}
@@ -218,7 +222,7 @@ def compared(
         for name in others:
             pair = [found[task][of] for of in (reference, name)]
             drawn = [samples[task][of] if samples else None for of in (reference, name)]
-            differences[name][task], of_arm = _differences(*pair, *drawn, images, question.paired)
+            differences[name][task], of_arm = _differences(*pair, *drawn, counts, question.paired)
             evidence[name] = of_arm[question.metric]
         primary = task == tasks[0]
         verdicts += judge(
@@ -273,13 +277,14 @@ def _differences(
     arm: Sequence[dict[str, float]],
     reference_samples: np.ndarray | None,
     arm_samples: np.ndarray | None,
-    images: int,
+    counts: Mapping[str, int],
     paired: bool,
 ) -> tuple[dict[str, Difference], dict[str, Evidence]]:
     """By metric, a difference, and what a verdict needs of it."""
     differences, evidence = {}, {}
     for place, metric in enumerate(reference[0]):
         theirs, ours = ([metrics[metric] for metrics in by_seed] for by_seed in (reference, arm))
+        images = counts[metric]
         values = np.subtract(ours, theirs)
         seeds, welch = seed_interval(values), welch_interval(theirs, ours)
         of_images: list[Interval | None] = []

@@ -176,6 +176,7 @@ def _outlooks(report: Report, file: Path, metric: str, paired: bool) -> list[Out
 
 
 def _image_error(difference: Difference, images: int) -> float:
+    # a report does not tell how many of its images hold what the metric is of: with fewer this is a little too large
     bounds = difference.intervals.images
     return (bounds.high - bounds.low) / 2 / float(stdtrit(images - 1, 0.975)) if bounds else 0.0
 

@@ -149,6 +149,28 @@ def test_both_covers(seeds, of_images):
     assert equal / trials <= 0.06
 
 
+def test_images_that_hold_nothing_tell_nothing():
+    """A mean over 3 of 100 images: taken for 100 its interval covers about 80%, for 3 what it promises."""
+    generator = np.random.default_rng(0)
+    covered = {3: 0, 100: 0}
+    for _ in range(300):
+        values = generator.standard_normal(3)
+        weights = generator.multinomial(100, [0.01] * 100, size=200)[:, :3].astype(float)
+        drawn = weights.sum(1)
+        samples = np.divide(weights @ values, drawn, out=np.full(200, np.nan), where=drawn > 0)
+        for images in covered:
+            interval = inference.image_interval(values.mean(), samples, images)
+            covered[images] += interval.low <= 0 <= interval.high
+    assert covered[3] >= 0.92 * 300
+    assert covered[100] <= 0.88 * 300
+
+
+def test_samples_that_do_not_differ_are_no_interval():
+    """One object in all images: each sample that has it shows the same, which tells nothing of other images."""
+    same = np.tile([[50.0], [51.0], [49.5]], (1, 300))
+    assert inference.both_interval([50, 51, 49.5], [52, 54, 53], same, same + np.array([[2], [3], [3.5]]), 12) is None
+
+
 def test_both_interval_needs_both():
     samples = np.random.default_rng(0).normal(size=(3, 100))
     assert both_interval([1.0, 2.0, 3.0], [2.0, 3.0, 4.0], samples, samples + 1, 10) is None

@@ -159,6 +159,24 @@ def test_checks_come_before_the_work(truth_file, tmp_path):
             compare_results(truth_file, {"plain": [good], name: [other]}, tmp_path / "out", bootstrap=0)
 
 
+def test_images_by_metric_are_counted_by_hand(truth_file):
+    content = json.loads(truth_file.read_text())
+    content["categories"].append({"id": 5, "name": "fork"})
+    large = {"bbox": [0, 0, 40, 30], "area": 9999}
+    content["annotations"] += [
+        large | {"id": 10, "image_id": 0, "category_id": 5, "iscrowd": 0},
+        large | {"id": 11, "image_id": 0, "category_id": 3, "iscrowd": 0},
+        # a crowd is no object
+        large | {"id": 12, "image_id": 1, "category_id": 5, "iscrowd": 1},
+    ]
+    content["images"].append(content["images"][0] | {"id": 4, "file_name": "empty.jpg"})
+    truth_file.write_text(json.dumps(content))
+    assert GroundTruth(truth_file).images_by_metric() == {
+        **dict.fromkeys(("AP", "AP50", "AP75", "APs", "AR100", "AP-cup"), 4),
+        **{"APm": 0, "APl": 1, "AP-fork": 1},
+    }
+
+
 def test_a_lost_gallery_costs_the_gallery(truth_file, tmp_path):
     """The folder is there, its images are not."""
     good, other = tmp_path / "good.json", tmp_path / "other.json"
