@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import torch
+from detectron2.modeling.backbone.regnet import AnyNet, ResBottleneckBlock, SimpleStem
 from torch import nn
 from torchvision.models import resnet
 
@@ -115,3 +116,21 @@ def gates_by_formula(x, gamma, beta, groups, eps=1e-5):
             gate = 1 / (1 + np.exp(-(gamma[group] * normalised + beta[group])))
             gates[n, group] = gate.reshape(height, width)
     return gates
+
+
+def regnet():
+    """A slim RegNet of Detectron2's, of three blocks."""
+    return AnyNet(
+        stem_class=SimpleStem,
+        stem_width=16,
+        block_class=ResBottleneckBlock,
+        depths=[1, 2],
+        widths=[16, 32],
+        group_widths=[8, 8],
+        strides=[2, 2],
+        bottleneck_ratios=[1.0, 1.0],
+        se_ratio=0.25,
+        activation_class=lambda: nn.ReLU(inplace=True),
+        norm="BN",
+        out_features=["s2"],
+    )

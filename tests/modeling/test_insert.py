@@ -7,8 +7,9 @@ import torch
 import torchvision
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling.backbone import ResNet
-from detectron2.modeling.backbone.regnet import AnyNet, ResBottleneckBlock, SimpleStem
+from detectron2.modeling.backbone.regnet import AnyNet
 from detectron2.modeling.backbone.resnet import BasicStem
+from reference_models import regnet
 from torch import nn
 
 import sge_det
@@ -28,23 +29,6 @@ class OwnBlock(nn.Module):
 def detectron2_resnet():
     stages = ResNet.make_default_stages(18, norm="BN")
     return ResNet(BasicStem(3, 64, "BN"), stages, out_features=["res5"])
-
-
-def regnet():
-    return AnyNet(
-        stem_class=SimpleStem,
-        stem_width=16,
-        block_class=ResBottleneckBlock,
-        depths=[1, 2],
-        widths=[16, 32],
-        group_widths=[8, 8],
-        strides=[2, 2],
-        bottleneck_ratios=[1.0, 1.0],
-        se_ratio=0.25,
-        activation_class=lambda: nn.ReLU(inplace=True),
-        norm="BN",
-        out_features=["s2"],
-    )
 
 
 # the model, its blocks, where the first layer stands and behind what
