@@ -161,8 +161,8 @@ def result_files(detections: Mapping[str, Sequence[str | Path]], seeds: Sequence
             raise UserError(f"the arm name {name!r} cannot be shown: give one of letters that print")
         if len(files) != len(seeds) or not files:
             raise UserError(
-                f"arm {name} has {len(files)} result files and {reference} has {len(detections[reference])}: paired "
-                "differences need one file for each seed in every arm, in the order of the seeds"
+                f"arm {name} has {len(files)} result files and {reference} has {len(detections[reference])}: a "
+                "comparison, paired or not, needs one file for each seed in every arm, in the order of the seeds"
             )
     found = []
     for name, files in detections.items():
