@@ -2,6 +2,7 @@
 
 import fnmatch
 import math
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -62,7 +63,7 @@ def _is_gated(module: nn.Module) -> bool:
 def insert_sge(
     model: nn.Module,
     groups: int = 64,
-    stages: Collection[str] | None = None,
+    stages: str | Collection[str] | None = None,
     where: str | Collection[str] | None = None,
     *,
     transplant: bool = False,
@@ -91,6 +92,9 @@ def insert_sge(
         UserError: there is no such block, the groups do not divide a block's channels, a timm block has another
             attention, or a norm has no scale and shift to transplant into. The model is unchanged then.
     """
+    if type(groups) is not int:
+        raise UserError(f"groups must be a whole number; got {groups!r:.100}")
+    stages = [stages] if isinstance(stages, str) else stages
     places = _named(model, where) if where is not None else _found(model)
     places = [place for place in places if stages is None or set(place.after.split(".")) & set(stages)]
     if not places:
@@ -104,6 +108,11 @@ def insert_sge(
     if twice:
         raise UserError(
             f"{twice[0].after} and {twice[1].after} are in one block, which takes one SGE: narrow where={where!r}"
+        )
+    shared = [place for place in new if sum(place.target is other.target for other in places) > 1]
+    if shared:
+        raise UserError(
+            f"{shared[0].after} is in several blocks, whose gates would all stand behind it: give each block its own"
         )
     for place in new:
         if groups < 1 or place.channels % groups:
@@ -160,6 +169,8 @@ class _Place:
         return not (_is_gated(self.target) or self.is_timm or hasattr(self.block, "attention_name"))
 
     def hook(self) -> None:
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # what was compiled before does not look for new hooks
         self.target.register_forward_hook(_Gate(getattr(self.block, SGE_NAME)))
         if not any(isinstance(hook, _Keeper) for hook in self.block._forward_pre_hooks.values()):
             target = self.after.removeprefix(f"{self.name}.") if self.name else self.after
@@ -239,6 +250,9 @@ class _Tracer(fx.Tracer):
 
 
 def _is_norm(module: nn.Module) -> bool:
+    """Whether it is a norm of maps (N, C, H, W); ``nn.LayerNorm`` has the channels last."""
+    if type(module) is nn.LayerNorm or type(module).__name__ == "LayerNorm":
+        return False
     return "Norm" in type(module).__name__ and not list(module.children())
 
 

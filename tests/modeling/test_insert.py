@@ -134,6 +134,32 @@ def test_gates_survive_a_conversion_of_norms(name, convert):
     torch.testing.assert_close(run(model), expected)
 
 
+def shared_norm():
+    model = nn.Sequential(OwnBlock(16), OwnBlock(16))
+    model[1].last[1] = model[0].last[1]
+    return model
+
+
+def channels_last_norms():
+    return timm.create_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(16, 16, 16, 16))
+
+
+def test_what_was_compiled_before_has_it():
+    model = OwnBlock(16).eval()
+    compiled, x = torch.compile(model, backend="eager"), torch.randn(1, 16, 8, 8)
+    with torch.no_grad():
+        before = compiled(x)
+        insert_sge(model, groups=4)
+        nn.init.normal_(model.sge.weight)
+        torch.testing.assert_close(compiled(x), model(x))
+        assert not torch.equal(compiled(x), before)
+
+
+def test_a_stage_by_its_name_alone():
+    done = insert_sge(torchvision.models.resnet18(), groups=8, stages="layer3")
+    assert [insertion.layer for insertion in done] == ["layer3.0.sge", "layer3.1.sge"]
+
+
 def test_compiled_models_have_it():
     model = OwnBlock(16).eval()
     insert_sge(model, groups=4)
@@ -151,6 +177,9 @@ def test_compiled_models_have_it():
         (torchvision.models.resnet18, {"where": "*.bn9"}, "bn9"),
         (torchvision.models.resnet18, {"where": "layer*.bn[12]"}, "layer1.0.bn1 and layer1.0.bn2 are in one block"),
         (lambda: timm.create_model("seresnet18"), {}, "layer1.0 has SEModule"),
+        (shared_norm, {"groups": 4}, "0.last.1 is in several blocks"),
+        (torchvision.models.resnet18, {"groups": "8"}, "groups must be a whole number; got '8'"),
+        (channels_last_norms, {"groups": 8}, "no residual block"),
         (lambda: nn.Sequential(Conv2d(3, 64, 1)), {"where": "0", "transplant": True}, "no norm"),
     ],
 )
