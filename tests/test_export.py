@@ -203,4 +203,4 @@ def test_tool(call_tool, tmp_path):
     done = call_tool("export_model.py", *arguments, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "1.0")
     assert done.returncode == 1 and "nothing was compared" in done.stdout
     done = call_tool("export_model.py", *arguments, "--image", "missing.jpg")
-    assert done.returncode == 2 and "cannot read the image missing.jpg" in done.stderr
+    assert done.returncode == 2 and "the image missing.jpg cannot be read" in done.stderr

@@ -1,7 +1,5 @@
 """The trainer's switches in lazy configs, against the same ones of YAML configs."""
 
-import json
-
 import pytest
 import torch
 from detectron2.config import get_cfg
@@ -9,6 +7,7 @@ from slim_twins import NAMES, SLIM_YAML, lazy_config
 
 from sge_det import UserError
 from sge_det.config import LAZY_KEYS, add_sge_config, load_lazy_config
+from sge_det.engine import lazy
 from sge_det.engine.lazy import LazyTrainer, claimed_lazily, setup_lazy_config, train_lazily
 from sge_det.engine.switches import switches_of
 from sge_det.engine.training import Trainer, setup_config
@@ -65,14 +64,16 @@ def test_a_run_that_gets_no_better_ends_and_keeps_its_best(sample_datasets, tmp_
     monkeypatch.setattr(LazyTrainer, "test", classmethod(lambda *_: {"bbox": {"AP": next(scores)}}))
     lines = ["train.max_iter=6", "train.eval_period=1", "train.early_stopping.patience=2"]
     lines += ["train.best_checkpointer.enabled=True", "train.report_to=wandb"]
-    monkeypatch.setenv("WANDB_MODE", "disabled")
+    reported = []
+    monkeypatch.setattr(lazy, "build_report_writer", lambda switches, config: reported.append((switches, config)))
     folder = tmp_path / "run"
     cfg = lazy_config("faster", sample_datasets, folder, *lines)
     with claimed_lazily(cfg):
         train_lazily(cfg)
     assert torch.load(folder / "model_final.pth", weights_only=False)["iteration"] == 3
     assert torch.load(folder / "model_best.pth", weights_only=False)["iteration"] == 1
-    assert json.loads((folder / "report_to.json").read_text())["tracker"] == "wandb"
+    ((switches, config),) = reported
+    assert (switches.REPORT_TO, switches.OUTPUT_DIR, config["train.max_iter"]) == ("wandb", str(folder), "6")
     assert any("images/s" in line for line in (folder / "metrics.json").read_text().splitlines())
     # how often a run is evaluated counts where it ends by that, and patience may be raised
     other = lazy_config(
