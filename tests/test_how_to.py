@@ -14,6 +14,7 @@ import pytest
 import torch
 import torchvision
 from conftest import ROOT, TINY
+from started_tool import MICRO
 
 PAGES = sorted((ROOT / "docs/how_to").glob("*.md"))
 # what a person would wait for: a whole training on large images
@@ -83,7 +84,7 @@ def test_my_weights(work):
 
 def test_my_cluster(work):
     *runs, report = commands("my_cluster.md")
-    short = [*TINY, *SHORT, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
+    short = [*TINY, *SHORT, *MICRO, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
     for command in runs:
         run([*command, *short], work)
         assert not (work / "output/gain/report.json").exists()

@@ -53,6 +53,7 @@ def signals_handled(*, twice: bool = True) -> Iterator[None]:
         twice: whether the second ends the process at once. Otherwise, for processes that are signalled by others of
             ours, which would be counted twice with a group's own, all are one.
     """
+    around = vars(_request).copy()
     _request.signum, _request.waits, _request.twice, _request.pid = None, False, twice, os.getpid()
     before = {signum: signal.signal(signum, _request.handle) for signum in SIGNALS}
     try:
@@ -60,6 +61,7 @@ def signals_handled(*, twice: bool = True) -> Iterator[None]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+        vars(_request).update(around)  # else the next run of this process would be asked to end as well
 
 
 @contextlib.contextmanager

@@ -96,7 +96,7 @@ def test_a_checkpoint_that_its_owner_changed_says_what_to_remove(tmp_path):
     content = torch.load(path, weights_only=True)
     content["model"]["bias"] += 1
     torch.save(content, path)
-    with pytest.raises(UserError, match=r"'model/bias' for .* yourself, remove model_0000003\.pth\.sha256\.json"):
+    with pytest.raises(UserError, match=r"'model/bias' for .* yourself, remove /.*/model_0000003\.pth\.sha256\.json$"):
         load_checkpoint(path)
     sidecar(path).unlink()
     assert load_checkpoint(path)["model"]["bias"][0] == 4

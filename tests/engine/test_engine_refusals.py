@@ -274,6 +274,7 @@ def test_the_first_signal_waits_for_the_step_and_the_second_does_not(monkeypatch
         monkeypatch.setattr(stopping._request, "pid", -1)
         stopping._request.handle(signal.SIGINT)  # in a worker that was forked: nothing
         assert stopping.asked() == signal.SIGUSR1
+    assert stopping.asked() is None
     told = capfd.readouterr().err.splitlines()
     assert told == ["stopping: the step ends first, and a checkpoint is written; again: at once", "stopped at once"]
 

@@ -15,6 +15,7 @@ SMALL = [
     *("INPUT.MIN_SIZE_TEST", "64", "INPUT.MAX_SIZE_TEST", "96"),
     *("SOLVER.MAX_ITER", "1", "SOLVER.STEPS", "()", "SOLVER.IMS_PER_BATCH", "1"),
     *("MODEL.WEIGHTS", "", "DATALOADER.NUM_WORKERS", "0"),
+    *("MODEL.RPN.POST_NMS_TOPK_TRAIN", "30", "MODEL.RPN.POST_NMS_TOPK_TEST", "30"),
 ]
 # one process for all, since the start of each takes longer than what it does
 SCRIPT = """

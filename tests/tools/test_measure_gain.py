@@ -25,7 +25,7 @@ def report_of(folder):
 
 def test_arms_with_seeds_then_the_same_command_again(run_tool, call_tool, sample_datasets, tmp_path):
     command = ["--config-file", CONFIG, "--output", "out", *datasets(sample_datasets), *ARMS, "--bootstrap", "200"]
-    command += [*TINY, *SCHEDULE]
+    command += [*TINY, *SCHEDULE, *MICRO]
     first = run_tool("measure_gain.py", *command)
     assert first.returncode == 0, first.stderr
     runs = [f"{arm}/seed{seed}" for arm in ("plain", "late") for seed in (3, 5)]
