@@ -1,5 +1,6 @@
 """What a run is made from: the config, the content of its files and the versions, and where two runs differ."""
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -8,11 +9,11 @@ from pathlib import Path
 
 import detectron2
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
 
 from .. import __version__
-from ..config import sge_options
+from ..config import add_sge_config, sge_options
 from ..data.annotations import read_annotations
 from ..errors import UserError
 from ..files import read_json
@@ -209,12 +210,22 @@ def read_fingerprint(folder: Path, remedy: str) -> dict | None:
         return None
 
 
+@functools.cache
+def _defaults() -> dict[str, str]:
+    cfg = get_cfg()
+    add_sge_config(cfg)
+    return dict(_flat(cfg))
+
+
 def differences(found: dict, wanted: dict) -> Iterator[str]:
     """Where the fingerprint ``found`` differs from ``wanted``, a phrase for each, what counts most first."""
     for part in _PARTS:
         there, here = found.get(part, {}), wanted.get(part, {})
         for key in [*here, *(key for key in there if key not in here)]:
             if there.get(key) != here.get(key):
+                is_new = part == "config" and (key in there) != (key in here)
+                if is_new and _defaults().get(key) == there.get(key, here.get(key)):
+                    continue  # a version that did not know the key did what its default does
                 if part == "content":
                     yield f"another content of {key}"
                 elif part == "source":

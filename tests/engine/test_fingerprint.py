@@ -22,3 +22,18 @@ def test_edited_code_is_another(tmp_path, monkeypatch):
     found = list(differences({"source": before, "processes": 1}, {"source": edited, "processes": 1}))
     assert found == ["other source code of own_module", "other source code of own_package"]
     assert list(differences({"processes": 1}, {"source": edited, "processes": 1})) == []
+
+
+def test_a_run_from_before_a_key_was_there_had_its_default():
+    """Read either way: a newer version's run by an older one, too."""
+    for key, default, other in (
+        ("MODEL.FPN.P7_RELU", "True", "False"),
+        ("MODEL.SGE.NORMALIZE", "True", "False"),
+        ("MODEL.ROI_HEADS.NUM_CLASSES", "80", "3"),
+    ):
+        without, usual, changed = ({"config": config, "processes": 1} for config in ({}, {key: default}, {key: other}))
+        assert list(differences(without, usual)) == list(differences(usual, without)) == []
+        assert list(differences(without, changed)) == [f"{key} absent, this command has {other}"]
+        assert list(differences(usual, changed)) == [f"{key} {default}, this command has {other}"]
+    own = {"config": {"train.seed": "0"}, "processes": 1}  # of a lazy config, whose defaults are its own
+    assert list(differences({"config": {}, "processes": 1}, own)) == ["train.seed absent, this command has 0"]
