@@ -35,7 +35,7 @@ demo: install  ## make sample data, train plain and SGE detectors on it with thr
 		--output output/demo --seeds 0 1 2 --jobs 2 SOLVER.MAX_ITER 500
 
 test: install  ## run the tests
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
 test-latest:  ## run the tests on the newest releases of everything that is not pinned, in .venv-latest
 	$(MAKE) test VENV=.venv-latest RELEASES=latest

@@ -1,5 +1,6 @@
 """Sample data and tiny configs that several test files share."""
 
+import logging
 import os
 import runpy
 import subprocess
@@ -15,6 +16,15 @@ TINY = [
     *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "SOLVER.IMS_PER_BATCH", "2"),
     *("SOLVER.STEPS", "()", "SOLVER.WARMUP_ITERS", "0", "MODEL.DEVICE", "cpu"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _no_logs_to_closed_streams():
+    """What an earlier test set up in this process may log to its captured output, which is closed by now."""
+    for logger in (logging.getLogger(), *logging.root.manager.loggerDict.values()):
+        for handler in [*getattr(logger, "handlers", ())]:
+            if getattr(getattr(handler, "stream", None), "closed", False):
+                logger.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")
