@@ -63,3 +63,23 @@ def test_intervals_are_counted():
     assert "at least twelve such intervals" in " ".join(PAGE.split())
     assert "one of five such intervals" not in PAGE
     assert len(intervals) >= 12
+
+
+def test_the_planned_comparison_is_that_of_the_raw_figures():
+    """Each cell of its two tables: means and Student's intervals by SciPy, the others as the report has them."""
+    named = {
+        "SGE - plain": ("constant", "sge"),
+        "SGE with a learnt constant - plain": ("constant", "sge-constant"),
+        "SGE - SGE with a learnt constant": ("constant_attention", "sge"),
+    }
+    for title, (name, arm) in named.items():
+        found = json.loads((ROOT / f"docs/results/{name}.json").read_bytes())["differences"][arm]["bbox"]["AP"]
+        spans = [found["intervals"][kind] for kind in ("seeds", "images", "both")]
+        shown = " | ".join(f"{span['low']:+.2f} to {span['high']:+.2f}" for span in spans)
+        assert f"| {title} | 3 | {np.mean(found['values']):+.2f} | {shown} | undecided" in PAGE
+        low, high = ttest_1samp(found["values"], 0).confidence_interval(0.95)
+        assert (low, high) == pytest.approx((spans[0]["low"], spans[0]["high"]))
+    arms = json.loads((ROOT / "docs/results/constant.json").read_bytes())["arms"]
+    for name, arm in arms.items():
+        values = arm["bbox"]["AP"]["values"]
+        assert f"| {name} | {' | '.join(f'{value:.2f}' for value in (*values, np.mean(values)))} |" in PAGE

@@ -22,7 +22,7 @@ import quiet  # noqa: F401
 from sge_det.engine.stopping import signals_handled
 from sge_det.engine.training import add_dataset_option
 from sge_det.errors import user_errors
-from sge_det.gain import RunFailed, write_figures
+from sge_det.gain import Measurement, RunFailed, write_figures
 from sge_det.gain.arms import BUILT_IN
 from sge_det.gain.cluster import KINDS
 from sge_det.gain.command import perform
@@ -174,15 +174,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, defaults = parser().parse_args(options), vars(parser().parse_args([]))
     try:
         with signals_handled():
-            measurement = perform(args, defaults, overrides, job_of(options))
+            done = perform(args, defaults, overrides, job_of(options))
     except RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    if measurement is None:
+    if isinstance(done, str):
+        print(f"\n{done}\n")
+    if not isinstance(done, Measurement):
         return
     if args.figures:
-        write_figures(Path(args.output), measurement)
-    report = measurement.report
+        write_figures(Path(args.output), done)
+    report = done.report
     for task in report.tasks:
         print(
             f"\n{TASK_NAMES[task].capitalize()} metrics, in points (0-100)\n\n{metric_table(report, task).markdown()}"

@@ -130,11 +130,8 @@ def _what_archive(path: Path) -> str:
         return "it is a TorchScript program, not weights: save the state_dict of its module"
     if names and all(name.endswith(".npy") for name in names):
         return _ENDINGS[".npz"]
-    return (
-        ""
-        if any(name.endswith("data.pkl") for name in names)
-        else "it is a zip archive: unpack it, and name the file in it"
-    )
+    is_of_torch = any(name.endswith("data.pkl") for name in names)
+    return "" if is_of_torch else "it is a zip archive: unpack it, and name the file in it"
 
 
 def _size(path: Path) -> int:

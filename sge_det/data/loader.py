@@ -32,6 +32,8 @@ from ..errors import Resumable, UserError
 from .datasets import check_masks
 from .images import image_fault, readable
 
+# Images after which a mapper that passes all of them over is told.
+_MOST_PASSED_OVER = 1000
 _open_iterators: list[Iterator] = []
 # What the doctor loaded and the training loader will want: reading COCO twice takes as long again.
 _kept: list[tuple[Any, list[dict]]] = []
@@ -382,8 +384,13 @@ class _SeededDataset(torch.utils.data.Dataset):
         position, index = key
         # Detectron2's augmentations draw from this generator
         np.random.seed((self.seed * 1_000_003 + position) % 2**32)
-        example = self.examples[index]
-        return map_image(self.mapper, example)
+        for _ in range(_MOST_PASSED_OVER):
+            mapped = map_image(self.mapper, self.examples[index])
+            if mapped is not None:
+                return mapped
+            # as in Detectron2, where a mapper may pass an image over
+            index = np.random.randint(len(self))
+        raise UserError(f"the mapper gives nothing (None) for {_MOST_PASSED_OVER} images one after the other")
 
     def with_mapper(self, mapper: DatasetMapper) -> "_SeededDataset":
         return _SeededDataset(self.examples, mapper, self.seed)
@@ -396,7 +403,7 @@ def build_mapper(cfg: CfgNode, *, is_train: bool) -> DatasetMapper:
     return mapper
 
 
-def map_image(mapper: DatasetMapper, example: dict) -> dict:
+def map_image(mapper: Callable[[dict], dict | None], example: dict) -> dict | None:
     """``mapper(example)``, with a sentence that names the image where it cannot be read.
 
     Images of more than 8 bits are scaled by the mapper's ``pixel_range``, if it has one.
@@ -411,9 +418,11 @@ def map_image(mapper: DatasetMapper, example: dict) -> dict:
     if fault:
         raise UserError(f"the image {file} {fault}")
     try:
-        mapped = mapper({**example, "file_name": readable(file, pixel_range)})
-        mapped["file_name"] = example["file_name"]
-        return mapped
+        name = readable(file, pixel_range)
+        if name == file:
+            return mapper(example)
+        mapped = mapper({**example, "file_name": name})
+        return mapped if mapped is None else {**mapped, "file_name": example["file_name"]}
     except FileNotFoundError as error:
         raise Resumable(f"the image {file} cannot be read, it is not there: put it back") from error
     except (OSError, SyntaxError) as error:

@@ -418,7 +418,8 @@ def lazy_mapper(cfg: DictConfig, section: DictConfig) -> Any:
     pixel_range = tuple(cfg.train.get("pixel_range", ()))
     if pixel_range and not (len(pixel_range) == 2 and pixel_range[0] < pixel_range[1]):
         raise UserError(f"train.pixel_range must be two numbers, the lower first; got {pixel_range!r:.100}")
-    mapper.pixel_range = pixel_range
+    if pixel_range:
+        mapper.pixel_range = pixel_range
     return mapper
 
 

@@ -71,7 +71,8 @@ def diagnose_lazily(
     findings += unusable
     weights_are_there = not any(finding.key == "train.init_checkpoint" for finding in findings)
     for name in dataset_names(cfg, eval_only=eval_only):
-        findings += examine_dataset(name, every_image=every_image) if name in DatasetCatalog else []
+        if name in DatasetCatalog:
+            findings += examine_dataset(name, every_image=every_image, pixel_range=cfg.train.get("pixel_range", ()))
     with undisturbed():
         model, unbuilt = _meta_model(cfg)
         findings += unbuilt

@@ -52,7 +52,7 @@ _ELSEWHERE = (
 
 def perform(
     args: argparse.Namespace, defaults: Mapping[str, Any], overrides: Sequence[str] = (), command: Sequence[str] = ()
-) -> Measurement | None:
+) -> Measurement | str | None:
     """Does what the options ask for.
 
     Args:
@@ -62,7 +62,8 @@ def perform(
         command: the words that start a job of a cluster, without the options of the cluster.
 
     Returns:
-        None where nothing is to be shown: for a plan, for one run alone, and where other workers still have runs.
+        what was measured; of a plan its words, in Markdown. None for one run alone, and where other workers still have
+        runs.
 
     Raises:
         UserError: options that do not go together, or something else that the user can put right.
@@ -70,7 +71,7 @@ def perform(
     """
     kind = kind_of(args)
     check_options(kind, args, defaults, overrides)
-    does: dict[str, Callable[[], Measurement | None]] = {
+    does: dict[str, Callable[[], Measurement | str | None]] = {
         "plan": lambda: plan(args),
         "draw": lambda: draw_report(args.draw, args.output),
         "compare": lambda: compare(args),
@@ -279,8 +280,8 @@ def classify(args: argparse.Namespace) -> Measurement:
     return measure_classified_gain(matrix, args, **how)
 
 
-def plan(args: argparse.Namespace) -> None:
-    """Prints how many seeds a comparison takes; as :func:`perform`."""
+def plan(args: argparse.Namespace) -> str:
+    """How many seeds a comparison takes, in Markdown; as :func:`perform`."""
     check_wanted(args.difference, args.max_seeds, args.hours)
     paired = not args.unpaired
     if args.pilot and args.sd:
@@ -294,11 +295,11 @@ def plan(args: argparse.Namespace) -> None:
         outlooks = [given(args.sd, *numbers, paired=paired)]
     else:
         outlooks = published(2 * args.hours, paired=paired)
+    arms, parts = len(outlooks) if args.pilot else 1, []
     for outlook in outlooks:
-        print(f"\n{in_words(outlook)}\n")
-        arms = len(outlooks) if args.pilot else 1
-        for table in tables(outlook, args.difference, args.max_seeds, arms):
-            print(f"{table.markdown()}\n")
+        parts.append(in_words(outlook))
+        parts += [table.markdown() for table in tables(outlook, args.difference, args.max_seeds, arms)]
+    return "\n\n".join(parts)
 
 
 def compare(args: argparse.Namespace) -> Measurement:

@@ -36,3 +36,30 @@ def test_a_worker_that_is_killed_while_it_hands_over_a_batch_is_the_loaders_erro
             next(batches)
     finally:
         signal.signal(signal.SIGCHLD, handler)
+
+
+def _seeded(mapper):
+    from sge_det.data.loader import seeded_loader
+
+    dicts = [{"file_name": f"{number}.jpg", "number": number} for number in range(6)]
+    order = (index for _ in iter(int, 1) for index in range(6))  # without end
+    return seeded_loader(dicts, mapper, order, 7, 2, by_aspect=False)
+
+
+def test_a_mapper_may_pass_images_over():
+    """As Detectron2's loader lets it: another image comes in the place, the same one with the same seed."""
+
+    def odd_ones(example):
+        return example["number"] if example["number"] % 2 else None
+
+    first, again = ([next(batches) for _ in range(6)] for batches in (iter(_seeded(odd_ones)), iter(_seeded(odd_ones))))
+    assert first == again
+    seen = [number for batch in first for number in batch]
+    assert seen[1::2] == [1, 3, 5] * 2 and set(seen) == {1, 3, 5}
+
+
+def test_a_mapper_that_passes_all_images_over_is_told():
+    from sge_det import UserError
+
+    with pytest.raises(UserError, match=r"the mapper gives nothing \(None\) for 1000 images"):
+        next(iter(_seeded(lambda example: None)))

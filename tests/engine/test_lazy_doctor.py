@@ -1,8 +1,12 @@
 """Each finding of the doctor of lazy configs with a config that triggers it and a near one that does not."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 from detectron2.config import instantiate
+from PIL import Image
 
 from sge_det.config import load_lazy_config
 from sge_det.engine.lazy_doctor import diagnose_lazily
@@ -101,3 +105,20 @@ def test_the_tool(call_tool, sample_datasets):
     assert (done.returncode, done.stdout) == (0, f"{FASTER}: 0 errors, 0 warnings\n"), done
     done = call_tool("check_config.py", "--config-file", FASTER, *words, *SMALL, *SCRATCH, "train.max_iter=0")
     assert done.returncode == 2 and done.stdout.endswith("1 errors, 0 warnings\n")
+
+
+def test_deep_images_are_taken_with_their_range(sample, tmp_path):
+    """As by training: refused without train.pixel_range, and not with it."""
+    datasets = []
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        truth = json.loads((sample / f"annotations/instances_{split}.json").read_text())
+        for image in truth["images"]:
+            grey = np.asarray(Image.open(sample / split / image["file_name"]).convert("L"), np.uint16)
+            image["file_name"] = f"{image['id']}.png"
+            Image.fromarray(grey * 256).save(tmp_path / split / image["file_name"])
+        (tmp_path / f"{split}.json").write_text(json.dumps(truth))
+        datasets.append((f"deep_{split}", str(tmp_path / f"{split}.json"), str(tmp_path / split)))
+    refused = diagnose_lazily(FASTER, [*SMALL, *SCRATCH], datasets)
+    assert refused and all("train.pixel_range=[LOW,HIGH]" in str(finding) for finding in refused)
+    assert diagnose_lazily(FASTER, [*SMALL, *SCRATCH, "train.pixel_range=[0,65535]"], datasets) == []
