@@ -7,8 +7,7 @@ simulate_coverage.py --merge part1.json part2.json --output sim     slices toget
 """
 
 import argparse
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import quiet  # noqa: F401
@@ -16,26 +15,62 @@ from tqdm import tqdm
 
 from sge_det.errors import user_errors
 from sge_det.files import write_file, write_json
-from sge_det.gain.simulation import EFFECTS, KINDS, NOISES, SEEDS, Population, Tally, coverage_report, simulate
+from sge_det.gain.simulation import (
+    EFFECTS,
+    KINDS,
+    NOISES,
+    SEEDS,
+    Population,
+    Tally,
+    coverage_report,
+    read_tally,
+    simulate,
+)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A type of options: whole numbers from ``least`` on."""
+
+    def number(text: str) -> int:
+        if not text.strip().isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least {least}")
+        return int(text)
+
+    return number
 
 
 def parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = arguments.add_argument
-    add("--experiments", type=int, default=200, metavar="N", help="of each kind (default: 200)")
-    add("--each", type=int, default=20, metavar="N", help="experiments on the same draw of images (default: 20)")
-    add("--images", type=int, nargs="+", default=[60, 1000], metavar="N", help="validation images of an experiment")
-    add("--arms", type=int, default=6, metavar="N", help="arms of the largest comparison (default: 6)")
-    add("--population", type=int, default=4000, metavar="N", help="images that stand for all (default: 4000)")
-    add("--detectors", type=int, default=24, metavar="N", help="of each arm, of which seeds are taken (default: 24)")
+    add("--experiments", type=at_least(1), default=200, metavar="N", help="of each kind (default: 200)")
+    add(
+        "--each", type=at_least(1), default=20, metavar="N", help="experiments on the same draw of images (default: 20)"
+    )
+    add(
+        "--images",
+        type=at_least(2),
+        nargs="+",
+        default=[60, 1000],
+        metavar="N",
+        help="validation images of an experiment",
+    )
+    add("--arms", type=at_least(2), default=6, metavar="N", help="arms of the largest comparison (default: 6)")
+    add("--population", type=at_least(2), default=4000, metavar="N", help="images that stand for all (default: 4000)")
+    add(
+        "--detectors",
+        type=at_least(2),
+        default=24,
+        metavar="N",
+        help="of each arm, of which seeds are taken (default: 24)",
+    )
     add(
         "--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=f"of {', '.join(KINDS)} (default: all)"
     )
     add("--effects", nargs="+", type=float, default=EFFECTS, metavar="AP", help="true differences of two arms")
-    add("--seed-counts", nargs="+", type=int, default=SEEDS, metavar="N", help="seeds of an arm, of two arms")
+    add("--seed-counts", nargs="+", type=at_least(2), default=SEEDS, metavar="N", help="seeds of an arm, of two arms")
     add("--noises", nargs="+", choices=NOISES, default=NOISES, metavar="NOISE", help=f"of {', '.join(NOISES)}")
-    add("--samples", type=int, default=200, metavar="N", help="of the bootstrap (default: 200)")
-    add("--seed", type=int, default=0, help="of all that is random")
+    add("--samples", type=at_least(2), default=200, metavar="N", help="of the bootstrap (default: 200)")
+    add("--seed", type=at_least(0), default=0, help="of all that is random")
     add("--merge", type=Path, nargs="+", metavar="FILE", help="add up the counts of these files, simulate nothing")
     add("--output", type=Path, metavar="PATH", help="also write PATH.json (counts) and PATH.md (tables)")
     return arguments
@@ -47,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tally = Tally()
     if args.merge:
         for path in args.merge:
-            tally.merge(Tally(**json.loads(path.read_text())))
+            tally.merge(read_tally(path))
     else:
         population = Population(args.arms, args.detectors, args.population, args.seed)
         draws = -(-args.experiments // args.each)

@@ -9,6 +9,7 @@ of all skills, of which an experiment sees a few.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import hotcoco
 import numpy as np
@@ -17,8 +18,10 @@ import scipy.special
 import scipy.stats
 from tabulate import tabulate
 
+from ..errors import UserError
 from ..evaluation.bootstrap import Scorer
 from ..evaluation.matching import Matches, Objects
+from ..files import read_json
 from .inference import (
     ALPHA,
     MARGIN,
@@ -88,6 +91,24 @@ class Tally:
         share = self.hits[name] / experiments
         apart = self.hit_squares[name] - 2 * share * self.products[name] + share**2 * self.squares[name]
         return share, math.sqrt(max(apart, 0) * draws / max(draws - 1, 1)) / experiments
+
+
+def read_tally(path: Path) -> Tally:
+    """The counts in a file that ``tools/simulate_coverage.py`` wrote.
+
+    Raises:
+        UserError: it is not there, or is none.
+    """
+    remedy, kinds = "give a file that simulate_coverage.py --output wrote", Tally.__dataclass_fields__.keys()
+    try:
+        content = read_json(path, remedy, tuple(kinds))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not there: {remedy}") from error
+    if content.keys() != kinds or any(part.keys() != content["hits"].keys() for part in content.values()):
+        raise UserError(f"{path} holds no counts of a simulation: {remedy}")
+    if any(type(count) is not int or count < 0 for part in content.values() for count in part.values()):
+        raise UserError(f"{path} holds what is no count: {remedy}")
+    return Tally(**content)
 
 
 class Population:

@@ -1,6 +1,7 @@
 import json
 import runpy
 
+import pytest
 from conftest import ROOT
 
 
@@ -31,3 +32,33 @@ def test_slices_are_added_up(tmp_path, capsys, monkeypatch):
     written = (tmp_path / "all.md").read_text()
     assert "4 experiments of each kind" in written
     assert capsys.readouterr().out.endswith(written)
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "[1]", "{}", '{"x": {"y": "z"}}', "whole", '{"hits": {"a": true}}', '{"hits": {"b": 1}}']
+)
+def test_what_is_no_simulation_is_not_added(tmp_path, capsys, monkeypatch, content):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    main = runpy.run_path(str(ROOT / "tools/simulate_coverage.py"))["main"]
+    kinds = ("experiments", "hits", "draws", "squares", "products", "hit_squares")
+    whole = {kind: {"a": 1} for kind in kinds}
+    if content == "whole":
+        content = json.dumps({**whole, "hits": {"a": -1}})
+    elif content and content.startswith('{"hits"'):
+        content = json.dumps({**whole, **json.loads(content)})
+    if content is not None:
+        (tmp_path / "part.json").write_text(content)
+    with pytest.raises(SystemExit, match="2"):
+        main(["--merge", str(tmp_path / "part.json"), "--output", str(tmp_path / "all")])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'part.json'} ") and "simulate_coverage.py --output wrote" in line
+    assert not (tmp_path / "all.json").exists()
+
+
+@pytest.mark.parametrize("option", ["--experiments", "--each", "--images", "--samples", "--seed-counts", "--arms"])
+def test_numbers_of_nothing_are_told(capsys, monkeypatch, option):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    main = runpy.run_path(str(ROOT / "tools/simulate_coverage.py"))["main"]
+    with pytest.raises(SystemExit, match="2"):
+        main([option, "0"])
+    assert f"argument {option}: 0 must be a whole number of at least" in capsys.readouterr().err
