@@ -126,7 +126,8 @@ def test_killed_at_random_and_run_again(finished, sample_datasets, tmp_path):
         worker.start()
         while is_training and worker.is_alive() and trainings(output) == before and time.time() < deadline:
             time.sleep(0.1)
-        time.sleep(chance.uniform(0, 2.5))
+        # a run that trains takes longer than half a second from there
+        time.sleep(chance.uniform(0, 0.5 if is_training else 2.5))
         worker.kill()  # SIGKILL, to the worker alone: its runs must end by themselves
         worker.join()
     assert trainings(output) >= 2
