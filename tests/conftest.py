@@ -3,6 +3,7 @@
 import logging
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,18 @@ def _no_logs_to_closed_streams():
         for handler in [*getattr(logger, "handlers", ())]:
             if getattr(getattr(handler, "stream", None), "closed", False):
                 logger.removeHandler(handler)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _files_go_with_their_tests(tmp_path_factory):
+    """What a file's fixtures wrote goes with its last test, or the checkpoints of the whole suite fill a small disk."""
+    folder = tmp_path_factory.getbasetemp()
+    before = {*folder.iterdir()}
+    yield
+    for path in {*folder.iterdir()} - before:
+        # a test's own folder (test_...) is kept where it failed
+        if path.is_dir() and not path.is_symlink() and not path.name.startswith(("sample", "test_")):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -241,10 +241,10 @@ def test_what_is_no_file_is_not_opened(tmp_path, name):
             load_file(path)
 
 
-def test_a_file_larger_than_memory_is_told(tmp_path):
-    path = tmp_path / "sparse.safetensors"
-    with open(path, "wb") as file:
-        file.truncate(2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+def test_a_file_larger_than_memory_is_told(tmp_path, monkeypatch):
+    path = tmp_path / "large.safetensors"
+    path.write_bytes(bytes(100_001))
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1000, "SC_PHYS_PAGES": 100}.__getitem__)
     with pytest.raises(UserError, match="larger than this machine's memory"):
         load_file(path)
 
