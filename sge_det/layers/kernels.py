@@ -3,9 +3,9 @@
 A kernel is a module with ``forward`` and ``backward`` as in ``sge_eager.py``, which is the one that runs everywhere.
 """
 
+import functools
 import importlib
 import warnings
-from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -30,9 +30,10 @@ def forward(
 ) -> tuple[Tensor, tuple[Tensor, ...], str]:
     """The result, what the gradient needs of it, and the name of the kernel that ran; see :func:`sge_eager.forward`."""
     arguments = (x, shortcut, weight, bias, eps, inplace)
-    if kernel == "triton" and x.dtype == torch.float64:  # its statistics are in float32
+    # the statistics of Triton's are in float32
+    if (kernel == "triton" and x.dtype == torch.float64) or x.numel() == 0:
         kernel = "eager"
-    result = _attempt(kernel, x, lambda module: module.forward(*arguments))
+    result = _attempt(kernel, "forward", x, *arguments[1:])
     return (*sge_eager.forward(*arguments), "eager") if result is None else (*result, kernel)
 
 
@@ -48,7 +49,7 @@ def backward(
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
     """The gradients of :func:`forward` by the kernel that ran; see :func:`sge_eager.backward`."""
-    result = _attempt(kernel, x, lambda module: module.backward(x, grad, out, kept, weight, bias, eps, needs))
+    result = _attempt(kernel, "backward", x, grad, out, kept, weight, bias, eps, needs)
     if result is not None:
         return result
     if kernel != "eager":
@@ -56,17 +57,22 @@ def backward(
     return sge_eager.backward(x, grad, out, kept, weight, bias, eps, needs)
 
 
+@functools.cache
+def _module(kernel: str) -> ModuleType:
+    return importlib.import_module(f".{_MODULES[kernel]}", __package__)
+
+
 def cannot_run(kernel: str, device_type: str) -> bool:
     """Whether a kernel was tried on a type of device and gave up."""
     return (kernel, device_type) in _given_up
 
 
-def _attempt(kernel: str, x: Tensor, call: Callable[[ModuleType], tuple]) -> tuple | None:
-    """What ``call`` returns for the kernel's module; None where the eager kernel has to do it."""
+def _attempt(kernel: str, function: str, x: Tensor, *arguments) -> tuple | None:
+    """What a function of the kernel's module returns; None where the eager kernel has to do it."""
     if kernel == "eager" or cannot_run(kernel, x.device.type):
         return None
     try:
-        return call(importlib.import_module(f".{_MODULES[kernel]}", __package__))
+        return getattr(_module(kernel), function)(x, *arguments)
     except torch.OutOfMemoryError:
         raise
     # Compilers fail in ways of their own: no C++ compiler, a device or a Python that they do not know.

@@ -21,7 +21,7 @@ def forward(
     rows, with_it, filled = _in_rows(weight.shape[1], x, shortcut, out)
     # one tensor, not two that share memory
     filled = rows if inplace else filled
-    arguments = (rows, with_it, filled, *_of_rows(rows, weight, bias), eps)
+    arguments = (rows, with_it, filled, _of_rows(rows, weight, bias), eps)
     if torch.is_autocast_enabled(x.device.type):  # compiled code would depend on it
         with torch.autocast(x.device.type, enabled=False):
             *kept, _ = _compiled_forward(*arguments)
@@ -44,8 +44,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
     """As :func:`sge_eager.backward`."""
     rows = _in_rows(weight.shape[1], x, grad, out)
-    grad_x, grad_shortcut, *sums = _compiled_backward(*rows, *kept, *_of_rows(rows[0], weight, bias), eps)
-    sums = (of_rows.view(-1, *weight.shape[1:]).sum(0, keepdim=True) for of_rows in sums)
+    grad_x, grad_shortcut, of_rows = _compiled_backward(*rows, *kept, _of_rows(rows[0], weight, bias), eps)
+    sums = of_rows.view(2, -1, *weight.shape[1:]).sum(1).split(1)
     return _whole(grad_x, x) if needs[0] else None, _whole(grad_shortcut, x) if needs[1] else None, *sums
 
 
@@ -77,19 +77,26 @@ def _whole(rows: Tensor, like: Tensor) -> Tensor:
     return rows.permute(0, 3, 1, 2).reshape(samples, height, width, channels).permute(0, 3, 1, 2)
 
 
-def _of_rows(rows: Tensor, *parameters: Tensor) -> list[Tensor]:
-    """Parameters (1, G, 1, 1) for each row, in the dtype of the computation: (N * G, 1, 1) or (1, G, 1, 1)."""
+def _of_rows(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Weight and bias, (1, G, 1, 1), for each row, in the dtype of the computation.
+
+    Small maps are done sooner than a few calls of operators: here it is one that copies.
+
+    Returns:
+        (2, N * G, 1, 1), in channels_last (2, 1, G, 1, 1).
+    """
     compute = torch.float64 if rows.dtype == torch.float64 else torch.float32
     if rows.dim() == 4:
-        return [parameter.to(compute).data for parameter in parameters]
-    samples = rows.shape[0] // parameters[0].numel()
-    return [parameter.to(compute).expand(samples, -1, -1, -1).reshape(-1, 1, 1).data for parameter in parameters]
+        return torch.stack((weight, bias)).to(compute)
+    samples = rows.shape[0] // weight.numel()
+    return torch.cat((weight,) * samples + (bias,) * samples).view(2, -1, 1, 1).data.to(compute)
 
 
 def _forward(
-    x: Tensor, shortcut: Tensor | None, out: Tensor, gamma: Tensor, beta: Tensor, eps: float
+    x: Tensor, shortcut: Tensor | None, out: Tensor, parameters: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Fills ``out``; returns g, scale, the scaled std and the gate."""
+    gamma, beta = parameters.unbind()
     wide = x.to(gamma.dtype)
     g = wide.mean(-1, keepdim=True)
     scale = g.abs().amax(-2, keepdim=True).clamp(min=1).reciprocal()
@@ -109,14 +116,14 @@ def _backward(
     g: Tensor,
     scale: Tensor,
     std: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
+    parameters: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x and the shortcut, and those of gamma and beta for each row.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x and the shortcut, and those of gamma and beta for each row, as the parameters come.
 
     See ``sge_eager.py`` for the chain.
     """
+    gamma, beta = parameters.unbind()
     if out is not None:
         grad = torch.where(out <= 0, torch.zeros_like(grad), grad)
     wide, upstream = x.to(g.dtype), grad.to(g.dtype)
@@ -133,7 +140,7 @@ def _backward(
     grad_g = (wide * grad_u).sum(-1, keepdim=True)
     slope = slope * scale
     grad_x = upstream * gate + grad_g * (slope / positions) + g * slope * grad_u
-    return grad_x.to(x.dtype), grad, grad_gamma / scale, grad_beta / scale
+    return grad_x.to(x.dtype), grad, torch.stack((grad_gamma, grad_beta)) / scale
 
 
 def _centred_similarity(x: Tensor, g: Tensor, scale: Tensor) -> Tensor:
