@@ -16,7 +16,7 @@ ones of ``sge_plain.py``.
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
@@ -70,6 +70,8 @@ class SpatialGroupEnhance(nn.Module):
             TypeError: x is of another dtype.
             ValueError: C is not a multiple of the number of groups.
         """
+        if not torch.jit.is_scripting() and self._is_symbolic(x):
+            return self._node(x)
         self._check(x, None)
         if torch.jit.is_scripting():
             return sge_plain.enhance(x, None, self.weight, self.bias, self.eps, self.normalize)
@@ -88,6 +90,8 @@ class SpatialGroupEnhance(nn.Module):
         Raises:
             TypeError, ValueError: as in :meth:`forward`, or the shapes differ.
         """
+        if not torch.jit.is_scripting() and self._is_symbolic(x):
+            return torch.relu(self(x) + shortcut)
         self._check(x, shortcut)
         if torch.jit.is_scripting():
             return sge_plain.enhance(x, shortcut, self.weight, self.bias, self.eps, self.normalize)
@@ -102,6 +106,15 @@ class SpatialGroupEnhance(nn.Module):
 
     def extra_repr(self) -> str:
         return f"groups={self.groups}, eps={self.eps}{'' if self.normalize else ', normalize=False'}"
+
+    @torch.jit.unused
+    def _is_symbolic(self, x: Tensor) -> bool:
+        return isinstance(x, fx.Proxy) and x.tracer.root is not self
+
+    @torch.jit.unused
+    def _node(self, x: Tensor) -> Tensor:
+        # ``torch.fx`` looks into all modules that are not torch's own; as one node the layer keeps its kernel
+        return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
 
     def _check(self, x: Tensor, shortcut: Tensor | None) -> None:
         if x.dim() != 4:

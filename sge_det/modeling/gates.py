@@ -128,13 +128,13 @@ def required_layers(model: nn.Module) -> dict[str, SpatialGroupEnhance]:
     """:func:`sge_layers` of a model that must have some.
 
     Raises:
-        UserError: it has none, or it was exported: traced, scripted or made a graph.
+        UserError: it has none, or it was exported, by which its layers became operators.
     """
     layers = sge_layers(model)
-    if isinstance(model, torch.jit.ScriptModule | torch.fx.GraphModule):
+    if not layers and isinstance(model, torch.jit.ScriptModule | torch.fx.GraphModule):
         raise UserError(
-            "an exported model (traced, scripted or a graph) computes no gates that could be seen: give the model that "
-            "was exported"
+            "an exported model (traced, scripted or a graph of operators) computes no gates that could be seen: give "
+            "the model that was exported"
         )
     if not layers:
         raise UserError(

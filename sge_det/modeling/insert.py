@@ -1,5 +1,6 @@
 """SGE in models that somebody else has built: in place, at the end of each residual branch."""
 
+import copy
 import fnmatch
 import math
 import sys
@@ -41,7 +42,10 @@ class _Gate:
 
 
 class _Keeper:
-    """A hook before a block's forward that puts its gate back where a conversion has replaced the norm that had it.
+    """A hook before a block's forward that sees to it that the block's gate is computed, and once.
+
+    Where a conversion has replaced the norm that had the gate, it is put back. ``torch.fx`` does not see the hooks of
+    the modules that are its leaves: there the layer is called, so that the graph has it with its parameters.
 
     Args:
         target: the name in the block of the module whose output is gated.
@@ -49,15 +53,61 @@ class _Keeper:
 
     def __init__(self, target: str):
         self.target = target
+        self.in_graph = False
 
     def __call__(self, block: nn.Module, inputs: tuple) -> None:
+        proxies = [value for value in inputs if isinstance(value, fx.Proxy)]
+        if not proxies:
+            self._keep(block)
+        elif not isinstance(proxies[0].tracer, _Tracer):
+            self._show(block)
+
+    def _keep(self, block: nn.Module) -> None:
         target = block.get_submodule(self.target)
-        if not _is_gated(target):
-            target.register_forward_hook(_Gate(getattr(block, SGE_NAME)))
+        if _is_gated(target) or _gated_module(block):
+            return
+        if self.in_graph:
+            # the graph, which has the layer as a node, has this norm too: the block goes on with a norm of the same
+            # parameters
+            target = copy.copy(target)
+            target._forward_hooks = target._forward_hooks.copy()
+            holder, name = _holder(block, self.target)
+            holder[name] = target
+        target.register_forward_hook(_Gate(getattr(block, SGE_NAME)))
+
+    def _show(self, block: nn.Module) -> None:
+        self.target = _gated_module(block) or self.target
+        self.in_graph = True
+        target, layer = block.get_submodule(self.target), getattr(block, SGE_NAME)
+        for key in [key for key, hook in target._forward_hooks.items() if isinstance(hook, _Gate)]:
+            del target._forward_hooks[key]
+        holder, name = _holder(block, self.target)
+        holder[name] = lambda x: layer(target(x))
+
+        def end(*_) -> None:
+            holder[name] = target
+            handle.remove()
+
+        handle = block.register_forward_hook(end, always_call=True)
+
+
+def _holder(block: nn.Module, target: str) -> tuple[dict[str, nn.Module], str]:
+    """What holds the module ``target`` of ``block``, and its name there."""
+    parent, _, name = target.rpartition(".")
+    return block.get_submodule(parent)._modules, name
 
 
 def _is_gated(module: nn.Module) -> bool:
     return any(isinstance(hook, _Gate) for hook in module._forward_hooks.values())
+
+
+def _gated_module(block: nn.Module) -> str | None:
+    """The name of the module of ``block`` that has the block's gate: fusing a norm into its convolution moves hooks."""
+    layer = getattr(block, SGE_NAME)
+    for name, module in block.named_modules():
+        if any(isinstance(hook, _Gate) and hook.layer is layer for hook in module._forward_hooks.values()):
+            return name
+    return None
 
 
 def insert_sge(
@@ -166,13 +216,17 @@ class _Place:
 
     @property
     def is_lost(self) -> bool:
-        return not (_is_gated(self.target) or self.is_timm or hasattr(self.block, "attention_name"))
+        return not (self.is_kept or _is_gated(self.target) or self.is_timm or hasattr(self.block, "attention_name"))
+
+    @property
+    def is_kept(self) -> bool:
+        return any(isinstance(hook, _Keeper) for hook in self.block._forward_pre_hooks.values())
 
     def hook(self) -> None:
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # what was compiled before does not look for new hooks
         self.target.register_forward_hook(_Gate(getattr(self.block, SGE_NAME)))
-        if not any(isinstance(hook, _Keeper) for hook in self.block._forward_pre_hooks.values()):
+        if not self.is_kept:
             target = self.after.removeprefix(f"{self.name}.") if self.name else self.after
             self.block.register_forward_pre_hook(_Keeper(target))
 
@@ -253,7 +307,9 @@ def _is_norm(module: nn.Module) -> bool:
     """Whether it is a norm of maps (N, C, H, W); ``nn.LayerNorm`` has the channels last."""
     if type(module) is nn.LayerNorm or type(module).__name__ == "LayerNorm":
         return False
-    return "Norm" in type(module).__name__ and not list(module.children())
+    # timm's norms hold their activation, which is none at the end of a branch
+    is_alone = all(type(child) is nn.Identity for child in module.children())
+    return "Norm" in type(module).__name__ and is_alone
 
 
 def _holds_norm(module: nn.Module) -> bool:
@@ -298,10 +354,7 @@ def _source(module: nn.Module, node: fx.Node) -> tuple[str | None, int]:
             is_end = _is_norm(part) or (isinstance(part, nn.Conv2d) and getattr(part, "norm", None) is not None)
             if name is None and is_end:
                 name = node.target
-            if isinstance(part, nn.Conv2d) or is_end:
+            if is_end or any(isinstance(inner, nn.Conv2d) for inner in part.modules()):
                 count += 1
-        arguments = [argument for argument in node.args if isinstance(argument, fx.Node)]
-        if not arguments:
-            break
-        node = arguments[0]
+        node = next(iter(node.all_input_nodes), None)
     return name, count

@@ -10,7 +10,10 @@ from detectron2.modeling.backbone import ResNet
 from detectron2.modeling.backbone.regnet import AnyNet
 from detectron2.modeling.backbone.resnet import BasicStem
 from reference_models import regnet
-from torch import nn
+from torch import fx, nn
+from torch.ao.quantization import fuse_modules
+from torch.fx.experimental.optimization import fuse
+from torchvision.models.resnet import BasicBlock
 
 import sge_det
 from sge_det import SpatialGroupEnhance, insert_sge
@@ -49,6 +52,12 @@ def run(model):
     return next(iter(out.values())) if isinstance(out, dict) else out
 
 
+def randomize_gates(model):
+    for module in model.modules():
+        if isinstance(module, SpatialGroupEnhance):
+            nn.init.normal_(module.weight)
+
+
 @pytest.fixture(params=MODELS)
 def kind(request):
     build, *rest = MODELS[request.param]
@@ -85,9 +94,7 @@ def test_copies_pickles_and_loaded_states_compute_the_same(kind):
     model, *_ = kind
     plain = copy.deepcopy(model)
     insert_sge(model, groups=8)
-    for module in model.modules():
-        if isinstance(module, SpatialGroupEnhance):
-            nn.init.normal_(module.weight)
+    randomize_gates(model)
     expected = run(model)
     assert torch.equal(run(copy.deepcopy(model)), expected)
     if not isinstance(model, AnyNet):  # its activation here is a lambda
@@ -124,9 +131,7 @@ def test_stages_and_patterns_choose():
 def test_gates_survive_a_conversion_of_norms(name, convert):
     model = MODELS[name][0]().eval()
     insert_sge(model, groups=8)
-    for module in model.modules():
-        if isinstance(module, SpatialGroupEnhance):
-            nn.init.normal_(module.weight)
+    randomize_gates(model)
     expected = run(model)
     model = convert(model).eval()
     torch.testing.assert_close(run(model), expected)
@@ -166,6 +171,67 @@ def test_compiled_models_have_it():
     x = torch.randn(1, 16, 8, 8)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["torchvision 18", "timm 18", "own"])
+def test_graphs_of_torch_fx_have_the_layers_with_their_parameters(name):
+    model = MODELS[name][0]().eval()
+    insert_sge(model, groups=8)
+    randomize_gates(model)
+    expected, keys = run(model), list(model.state_dict())
+    for _ in range(2):
+        graph = fx.symbolic_trace(model)
+        assert sorted(graph.state_dict()) == sorted(keys)
+        for module in (graph, model, copy.deepcopy(graph), copy.deepcopy(model)):
+            assert torch.equal(run(module), expected)
+    assert insert_sge(model, groups=8) == []
+    randomize_gates(graph)
+    assert not torch.equal(run(graph), expected)
+    assert torch.equal(run(graph), run(model))
+    with sge_det.record_gates(graph) as gates:
+        run(graph)
+    assert len(gates) == MODELS[name][1]
+
+
+def test_a_trace_that_fails_leaves_the_model_as_it_was():
+    class Failing(fx.Tracer):
+        def call_module(self, module, *arguments):
+            if self.path_of_module(module) == "1.last.1":
+                raise RuntimeError
+            return super().call_module(module, *arguments)
+
+    model = MODELS["own"][0]().eval()
+    insert_sge(model, groups=8)
+    randomize_gates(model)
+    expected = run(model)
+    with pytest.raises(RuntimeError):
+        Failing().trace(model)
+    assert isinstance(model[1].last[1], nn.GroupNorm)
+    assert torch.equal(run(model), expected)
+
+
+def test_norms_that_are_fused_into_their_convolutions_leave_one_gate():
+    model = torchvision.models.resnet18().eval()
+    insert_sge(model, groups=8)
+    randomize_gates(model)
+    expected = run(model)
+    torch.testing.assert_close(run(fuse(copy.deepcopy(model))), expected, rtol=1e-4, atol=1e-4)
+    for module in model.modules():
+        if isinstance(module, BasicBlock):
+            fuse_modules(module, [["conv1", "bn1"], ["conv2", "bn2"]], inplace=True)
+    torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(run(fx.symbolic_trace(model)), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [("skresnet18", [f"layer{n}.{i}.conv2.bn" for n in (1, 2, 3, 4) for i in (0, 1)]), ("regnetx_002", None)],
+)
+def test_norms_of_timms_end_branches(name, blocks):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    found = [insertion.after for insertion in insert_sge(model, groups=4)]
+    assert found == (blocks or [name for name, _ in model.named_modules() if name.endswith("conv3.bn")])
 
 
 @pytest.mark.parametrize(
