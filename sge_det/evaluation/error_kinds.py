@@ -36,7 +36,8 @@ class Errors:
     Attributes:
         figures: by the keys of :data:`TIDE`, points of AP50; of :data:`CALIBRATION`, points (0-100) by which scores
             differ from the share of true detections; of :data:`CONFUSION`, per cent of the objects, the last of the
-            detections, of those with a score of at least :data:`CONFIDENT`. NaN where there are none.
+            detections, of those with a score of at least :data:`CONFIDENT`. NaN where there are none, and of
+            calibration where a score is not from 0 to 1: it is no share then.
         confusion: (K, K) per cent: of the objects of each category, those taken for each other one. The rows of
             categories without objects are NaN.
     """
@@ -48,9 +49,7 @@ class Errors:
 def errors_of(evaluation: hotcoco.COCOeval) -> Errors:
     """The errors at IoU 0.5 of an evaluation that has been accumulated, at most 100 detections an image."""
     figures = {kind: 100 * float(value) for kind, value in evaluation.tide_errors(pos_thr=_IOU)["delta_ap"].items()}
-    calibration = evaluation.calibration(iou_threshold=_IOU)
-    some = calibration["num_detections"] > 0
-    figures |= {name: 100 * calibration[name.lower()] if some else math.nan for name in CALIBRATION}
+    figures |= _calibration(evaluation)
     counts = evaluation.confusion_matrix(iou_thr=_IOU, max_det=100, min_score=CONFIDENT)["matrix"].astype(float)
     objects, detections = counts[:-1].sum(1), counts[:, :-1].sum()
     found = np.trace(counts[:-1, :-1])
@@ -65,3 +64,12 @@ def errors_of(evaluation: hotcoco.COCOeval) -> Errors:
         confusion = 100 * counts[:-1, :-1] / objects[:, None]
     np.fill_diagonal(confusion, 0)
     return Errors({name: figures[name] for name in (*TIDE, *CALIBRATION, *CONFUSION)}, confusion)
+
+
+def _calibration(evaluation: hotcoco.COCOeval) -> dict[str, float]:
+    absent = dict.fromkeys(CALIBRATION, math.nan)
+    try:
+        found = evaluation.calibration(iou_threshold=_IOU)
+    except ValueError:  # scores that are no shares, such as logits, which AP takes as they are
+        return absent
+    return {name: 100 * found[name.lower()] for name in CALIBRATION} if found["num_detections"] else absent

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 
 from .inference import ALPHA, POWER, Interval, Outcome, measured_design, outcomes, power, seeds_needed, seeds_suffice
 from .parts import TASK_NAMES, Power, Question, Verdict
@@ -67,12 +68,12 @@ def judge(
         if math.isnan(each.mean):
             sentence = f"{name} against {reference}: {TASK_NAMES[task]} {metric} is absent, the ground truth has none."
         elif not any([*each.reference, *each.arm]):
-            sentence += ": both are 0 with every seed. Neither detects anything, so there is nothing to compare."
+            sentence += ": both are 0 with every seed. Neither gets anything right that counts here: nothing to compare."
         else:
             sentence += _of_seeds(each) + _what_it_shows(each, outcome, question, len(evidence), bootstrap, level)
             sentence += power_sentence
             if not any(each.reference):
-                sentence += f" {reference} is 0 with every seed: it detects nothing."
+                sentence += f" {reference} is 0 with every seed: it gets nothing right that counts here."
         if not primary:
             sentence = f"Exploratory, counted with nothing else: {sentence}"
         excludes = None if each.both is None else each.both.low > 0 or each.both.high < 0
@@ -111,8 +112,13 @@ def _what_it_shows(
             f"over new seeds alone {each.seeds.low:+.2f} to {each.seeds.high:+.2f}; without --bootstrap nothing is "
             "known of new images, so it is undecided."
         )
-    if each.both is None:
+    if each.both is None and each.images < 2:
         return "too few images have such objects for an interval over images, so it is undecided."
+    if each.both is None:
+        return (
+            "the mean difference is the same whichever images are drawn, so there is no interval over images, and it "
+            "is undecided."
+        )
     p = _p(outcome.p) + (f" after Holm's correction for {arms} arms" if arms > 1 else "")
     margin = f"{question.margin:g} points"
     if outcome.outcome in ("gain", "loss"):
@@ -127,7 +133,11 @@ def _what_it_shows(
         if not question.margin:
             text = f"undecided: zero is not excluded ({p})."
     if len(each.arm) == 2:
-        text += " Two seeds tell next to nothing: their interval reaches 9 standard deviations to each side."
+        text += " Two seeds tell next to nothing of other seeds"
+        if question.paired:
+            reach = float(stdtrit(1, 1 - level / 2)) / math.sqrt(2)
+            text += f": their interval reaches {reach:.0f} standard deviations to each side"
+        text += "."
     return text
 
 

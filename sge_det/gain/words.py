@@ -16,8 +16,8 @@ DECIDES = (
 ORIGINS = (
     "Exploratory. Kinds of errors at IoU 0.5 are TIDE's: the points of AP50 that are lost to each, so that less is "
     "better; they do not add up. Calibration errors are the points by which scores differ from the share of true "
-    "detections. The last four rows are per cent, of objects and of detections with a score of at least "
-    f"{CONFIDENT:g}. Intervals are over new seeds, for these images."
+    "detections, absent where scores are not from 0 to 1. The last four rows are per cent, of objects and of "
+    f"detections with a score of at least {CONFIDENT:g}. Intervals are over new seeds, for these images."
 )
 CONFUSIONS = "The categories whose confusion differs most, per cent of their objects:"
 COST = (

@@ -219,7 +219,7 @@ def test_power_is_that_of_the_noise_that_was_measured(truth_file, tmp_path):
         assert f"would have been seen with probability {seen['probability']:.2f}" in report["verdict"]
 
 
-def test_arms_that_detect_nothing_are_told(truth_file, tmp_path):
+def test_arms_that_get_nothing_right_are_told(truth_file, tmp_path):
     far = [{"image_id": 0, "category_id": 7, "bbox": [0, 90, 1, 1], "score": score / 10} for score in range(1, 5)]
     files = {name: [] for name in ("plain", "sge")}
     for place, entry in enumerate(far):
@@ -228,8 +228,17 @@ def test_arms_that_detect_nothing_are_told(truth_file, tmp_path):
         files["plain" if place % 2 else "sge"].append(path)
     report = to_json(measure(GroundTruth(truth_file), files, bootstrap=200).report)
     assert report["verdicts"][0]["outcome"] == "undecided"
-    assert "Neither detects anything" in report["verdict"]
+    assert "Neither gets anything right that counts here" in report["verdict"]
     assert "has detections for 1 of the 12 images" in report["verdict"]
+
+
+def test_detectors_that_are_the_same_on_every_draw_of_the_images_are_told(truth_file, tmp_path):
+    """The same runs in another order: there are images enough, and none of them makes a difference."""
+    runs = [detections(tmp_path / f"{i}.json", found) for i, found in enumerate((3, 6, 8))]
+    report = to_json(measure(GroundTruth(truth_file), {"plain": runs, "sge": runs[1:] + runs[:1]}, bootstrap=200).report)
+    assert report["verdicts"][0]["outcome"] == "undecided"
+    assert "the mean difference is the same whichever images are drawn" in report["verdict"]
+    assert "too few images" not in report["verdict"]
 
 
 def test_an_annotation_of_id_0_is_told_and_counts(truth_file, tmp_path):

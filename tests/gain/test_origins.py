@@ -101,6 +101,14 @@ def test_no_detection_at_all(truth_file):
     assert math.isnan(found["ECE"]) and math.isnan(found["background"])
 
 
+def test_scores_that_are_no_shares_have_no_calibration(truth_file):
+    """Logits: AP, and with it TIDE, goes by their order alone."""
+    found = [detection(i, category, score=4.0 - i) for i in range(IMAGES) for category in PLACES]
+    figures = errors(truth_file, found).figures
+    assert math.isnan(figures["ECE"]) and math.isnan(figures["MCE"])
+    assert (figures["Miss"], figures["found"]) == (pytest.approx(0), 40)  # four images have scores of 0.5 or more
+
+
 def test_differences_have_intervals_over_the_seeds(truth_file, tmp_path):
     def file(name, missed, taken):
         entries = [d for d in perfect() if not (d["category_id"] == SPOON and d["image_id"] < missed)]

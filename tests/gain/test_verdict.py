@@ -64,6 +64,16 @@ def test_a_look_has_a_level_of_its_own():
     assert look.power.probability < fixed.power.probability
 
 
+def test_what_two_seeds_tell_is_that_of_the_interval_and_the_level():
+    """Student's t of one degree of freedom, over the root of two; Welch's has up to two degrees."""
+    two = {"reference": (50.0, 50.4), "arm": (50.5, 51.0)}
+    interval = Interval(0.55, 0.3, 1)
+    assert "to nothing of other seeds: their interval reaches 9 standard" in judged(interval, **two).sentence
+    assert "their interval reaches 45 standard" in judged(interval, **two, level=0.01).sentence
+    unpaired = judged(interval, Question("AP50", paired=False), **two).sentence
+    assert "to nothing of other seeds. A true" in unpaired
+
+
 def curves(*last):
     return {"bbox/AP": [(100, 10.0), *((200 + 100 * place, value) for place, value in enumerate(last))]}
 
