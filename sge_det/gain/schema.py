@@ -7,7 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..analysis.pointing import SHAPES
 from ..errors import UserError
+from ..evaluation.error_kinds import CALIBRATION, CONFUSION, TIDE
 from .inference import (
     OUTCOMES,
     effect_size,
@@ -46,6 +48,9 @@ _AS_THEY_ARE = ("differences", "gates", "verdicts", "notes", "verdict")
 _MAYBE = ("origins", "look", "departures", "plan", "cost", "pointing", "provenance")
 _KNOWN = {"schema", *_FIRST, "question", "arms", *_AS_THEY_ARE, *_MAYBE}
 
+# What tables show of what runs recorded.
+_GATES = {"gamma": ("mean", "sd"), "beta": ("mean", "sd"), "gate": ("mean", "sd", "spatial_sd")}
+_POINTED = ("chance", "before", "after", "gate", "after_minus_before", "gate_minus_chance", "gate_ratio")
 # Larger ones no table can show.
 _LARGEST = 1e9
 
@@ -102,7 +107,7 @@ def from_json(content: Any) -> Report:
         question=_question(content["question"]) if whole else DECLARED,
         arms=arms,
         differences=differences,
-        gates=_raw(_object(content.get("gates", {}))),
+        gates=_by_name(content.get("gates", {}), lambda of: _by_name(of, lambda stages: _by_name(stages, _gates))),
         verdicts=_several(content["verdicts"], _verdict) if whole else (),
         notes=_several(content.get("notes", []), _text) if whole else (),
         verdict=_text(content["verdict"]) if whole else f"{_OLD}\n{_text(content['verdict'])}",
@@ -110,7 +115,7 @@ def from_json(content: Any) -> Report:
         look=_optional(content.get("look"), _look),
         declared=_declared(content) if "departures" in content else None,
         cost=_optional(content.get("cost"), lambda cost: _by_name(cost, _cost)),
-        pointing=_raw(_object(content.get("pointing", {}))),
+        pointing=_by_name(content.get("pointing", {}), _played),
         provenance=_by_name(content.get("provenance", {}), _text),
         others={key: value for key, value in content.items() if key not in _KNOWN},
     )
@@ -132,7 +137,7 @@ def read_report(path: str | Path) -> Report:
         return from_json(content)
     except KeyError as error:
         raise UserError(f"{path} is no whole report.json of measure_gain: it lacks {error}") from error
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+    except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise UserError(f"{path} is no report.json of measure_gain: {error}") from error
 
 
@@ -153,8 +158,33 @@ def _check(report: Report) -> None:
                 raise ValueError(f"the {task} metrics of {name} are not those of {report.reference}")
             if any(len(part.values) != len(report.seeds) for part in by_task[task].values()):
                 raise ValueError(f"{name} does not have a value for each seed")
+    for name, by_task in report.differences.items():
+        by_seed = [part.images_by_seed for task in report.tasks for part in by_task[task].values()]
+        if any(len(intervals) not in (0, len(report.seeds)) for intervals in by_seed):
+            raise ValueError(f"{name} does not have an interval over the images for each seed")
     if report.question.metric not in report.arms[report.reference][report.task]:
         raise ValueError(f"its metric {report.question.metric} is not in it")
+    if report.origins is not None:
+        _check_origins(report, report.origins)
+
+
+def _check_origins(report: Report, origins: Origins) -> None:
+    """Checks that there is every figure of each arm and each difference.
+
+    Raises:
+        KeyError, ValueError: there is not.
+    """
+    for names, by_arm in ((report.arms, origins.arms), (report.differences, origins.differences)):
+        for name in names:
+            for task in report.tasks:
+                for figure in (*TIDE, *CALIBRATION, *CONFUSION):
+                    if len(by_arm[name][task][figure].values) != len(report.seeds):
+                        raise ValueError(f"the {figure} of {name} does not have a value for each seed")
+    if set(origins.confusions) != set(report.differences):
+        raise ValueError("its confusions are not of its arms")
+    for by_task in origins.confusions.values():
+        for task in report.tasks:
+            by_task[task]
 
 
 def _from_scores(
@@ -270,6 +300,8 @@ def _look(content: Any) -> Look:
 
 def _cost(content: Any) -> Cost:
     found = _object(content)
+    if _whole_number(found["runs"]) < 1:
+        raise ValueError("an arm has the cost of no run")
     return Cost(_whole_number(found["runs"]), *(_number(found[key]) for key in ("hours", "gpu_hours", "core_hours")))
 
 
@@ -326,6 +358,39 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{_shown(value)} is no text")
     return value
+
+
+def _gates(content: Any) -> dict[str, Any]:
+    """What a run recorded of the gates of a stage, as tables show it."""
+    found = _raw(_object(content))
+    for key, figures in _GATES.items():
+        for figure in figures:
+            _number(_object(found[key])[figure])
+    return found
+
+
+def _played(content: Any) -> dict[str, Any]:
+    """What the runs of an arm recorded of the pointing game, as tables show it: the same of all runs."""
+    runs = _by_name(content, lambda run: _raw(_object(run)))
+    places = []
+    for run in runs.values():
+        found = {
+            shape: _by_name(run[shape], lambda sizes: _by_name(sizes, _pointed)) for shape in SHAPES if shape in run
+        }
+        places.append(
+            [(shape, stage, size) for shape in found for stage in found[shape] for size in found[shape][stage]]
+        )
+    if not places or any(others != places[0] for others in places):
+        raise ValueError("its runs do not have the same figures of the pointing game")
+    return runs
+
+
+def _pointed(content: Any) -> None:
+    found = _object(content)
+    _whole_number(found["images"])
+    for figure in _POINTED:
+        for key in ("mean", "low", "high"):
+            _number(_object(found[figure])[key])
 
 
 def _raw(value: Any) -> Any:

@@ -68,7 +68,9 @@ def judge(
         if math.isnan(each.mean):
             sentence = f"{name} against {reference}: {TASK_NAMES[task]} {metric} is absent, the ground truth has none."
         elif not any([*each.reference, *each.arm]):
-            sentence += ": both are 0 with every seed. Neither gets anything right that counts here: nothing to compare."
+            sentence += (
+                ": both are 0 with every seed. Neither gets anything right that counts here: nothing to compare."
+            )
         else:
             sentence += _of_seeds(each) + _what_it_shows(each, outcome, question, len(evidence), bootstrap, level)
             sentence += power_sentence

@@ -235,7 +235,9 @@ def test_arms_that_get_nothing_right_are_told(truth_file, tmp_path):
 def test_detectors_that_are_the_same_on_every_draw_of_the_images_are_told(truth_file, tmp_path):
     """The same runs in another order: there are images enough, and none of them makes a difference."""
     runs = [detections(tmp_path / f"{i}.json", found) for i, found in enumerate((3, 6, 8))]
-    report = to_json(measure(GroundTruth(truth_file), {"plain": runs, "sge": runs[1:] + runs[:1]}, bootstrap=200).report)
+    report = to_json(
+        measure(GroundTruth(truth_file), {"plain": runs, "sge": runs[1:] + runs[:1]}, bootstrap=200).report
+    )
     assert report["verdicts"][0]["outcome"] == "undecided"
     assert "the mean difference is the same whichever images are drawn" in report["verdict"]
     assert "too few images" not in report["verdict"]

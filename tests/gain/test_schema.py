@@ -130,6 +130,56 @@ def test_a_report_whose_parts_are_wrong_is_refused(compared, tmp_path, key):
     assert len(str(told.value)) < 500
 
 
+GATES = {key: {"mean": 0.5, "sd": 0.1, "spatial_sd": None} for key in ("gamma", "beta", "gate")}
+FIGURES = ("chance", "before", "after", "gate", "after_minus_before", "gate_minus_chance", "gate_ratio")
+PLAYED = {"images": 3} | {figure: {"mean": 0.5, "low": None, "high": None} for figure in FIGURES}
+
+
+def without(part, *keys):
+    """A copy of a part of a report that lacks what lies under ``keys``."""
+    kept = dict(part)
+    if len(keys) == 1:
+        del kept[keys[0]]
+    else:
+        kept[keys[0]] = without(kept[keys[0]], *keys[1:])
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("key", "changed"),
+    [
+        ("origins", lambda part: without(part, "arms", NASTY)),
+        ("origins", lambda part: without(part, "differences", NASTY, "bbox", "ECE")),
+        ("origins", lambda part: without(part, "confusions", NASTY, "bbox")),
+        ("gates", lambda _: {NASTY: None}),
+        ("gates", lambda _: {NASTY: {"0": {"res2": without(GATES, "beta")}}}),
+        ("gates", lambda _: {NASTY: {"0": {"res2": GATES | {"gamma": {"mean": "much", "sd": 0}}}}}),
+        ("pointing", lambda _: {NASTY: {}}),
+        ("pointing", lambda _: {NASTY: {"0": {"bbox": {"res2": {"all": without(PLAYED, "gate")}}}}}),
+        ("pointing", lambda _: {NASTY: {"0": {"bbox": {"res2": {"all": PLAYED}}}, "1": {"bbox": {"res3": {}}}}}),
+        ("cost", lambda _: {"plain": {"runs": 0, "hours": 1, "gpu_hours": 1, "core_hours": 1}}),
+    ],
+)
+def test_what_no_table_can_show_is_refused_before_anything_is_written(compared, tmp_path, key, changed):
+    _, folder = compared
+    content = json.loads((folder / "report.json").read_text())
+    (tmp_path / "report.json").write_text(json.dumps(content | {key: changed(content.get(key))}))
+    with pytest.raises(UserError, match=r"report\.json of measure_gain: "):
+        draw_report(tmp_path / "report.json", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_runs_recorded_is_read_and_shown(compared):
+    _, folder = compared
+    content = json.loads((folder / "report.json").read_text())
+    played = {"images": 3, "without_objects": 0, "bbox": {"res2": {"all": PLAYED}}}
+    report = from_json(content | {"gates": {NASTY: {"0": {"res2": GATES}}}, "pointing": {NASTY: {"0": played}}})
+    tables = report_tables(report)
+    assert tables["gates"].rows[0][1:3] == ["seed 0, res2", "0.5000 ± 0.1000"]
+    assert tables["pointing_bbox"].rows[0][1:4] == ["res2, all", "3", "50.0"]
+    assert math.isnan(report.pointing[NASTY]["0"]["bbox"]["res2"]["all"]["chance"]["low"])
+
+
 def test_every_part_is_read_as_it_was_written(compared):
     """Both ways: the values of a report, with those that only training brings, and what a later version might add."""
     measurement, _ = compared
