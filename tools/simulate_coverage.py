@@ -13,8 +13,8 @@ from pathlib import Path
 import quiet  # noqa: F401
 from tqdm import tqdm
 
-from sge_det.errors import user_errors
-from sge_det.files import write_file, write_json
+from sge_det.errors import UserError, user_errors
+from sge_det.files import check_folder, write_file, write_json
 from sge_det.gain.simulation import (
     EFFECTS,
     KINDS,
@@ -80,7 +80,13 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     tally = Tally()
+    if args.output:  # before hours of work
+        if not args.output.name:
+            raise UserError(f"--output {args.output} is a folder: name the files in it, without their endings")
+        check_folder(args.output.parent, "--output")
     if args.merge:
+        if len({path.resolve() for path in args.merge}) < len(args.merge):
+            raise UserError("--merge names a file twice, whose experiments would count twice: name each once")
         for path in args.merge:
             tally.merge(read_tally(path))
     else:
@@ -104,8 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = coverage_report(tally)
     print(report)
     if args.output:
-        write_json(args.output.with_suffix(".json"), vars(tally))
-        write_file(args.output.with_suffix(".md"), report + "\n")
+        write_json(args.output.with_name(f"{args.output.name}.json"), vars(tally))
+        write_file(args.output.with_name(f"{args.output.name}.md"), report + "\n")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@ _SPECIAL = {char: f"\\{char}" for char in "&%$#_{}"} | {
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
     '"': "''",
+    # after the end of a row these would be arguments of that end
+    "[": "{[}",
+    "*": "{*}",
     "±": r"$\pm$",
 }
 

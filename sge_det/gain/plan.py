@@ -99,10 +99,15 @@ def _checked(plan: object) -> dict:
     for key in ("seeds", "arms", "finished_before"):
         if not isinstance(plan.setdefault(key, []), list):
             raise ValueError(f"its {key} are no list")
-    if not plan["seeds"]:
-        raise ValueError("it declares no seeds")
+    if not plan["seeds"] or any(type(seed) is not int for seed in plan["seeds"]):
+        raise ValueError("its seeds are no whole numbers")
+    if not all(isinstance(name, str) for name in (*plan["arms"], *plan["finished_before"])):
+        raise ValueError("its arms or runs have names that are no text")
     if plan.setdefault("looks", None) is not None:
-        Looks(**plan["looks"]).check()
+        looks = Looks(**plan["looks"])
+        if type(looks.first) is not int or type(looks.most) is not int:
+            raise ValueError("its looks are at no whole numbers of seeds")
+        looks.check()
     return plan
 
 

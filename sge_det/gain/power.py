@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import scipy.stats
 from scipy.special import stdtrit
 
@@ -17,8 +18,10 @@ from .inference import (
     measured_design,
     minimal_detectable_difference,
     power,
+    seed_interval,
     seeds_needed,
     seeds_suffice,
+    welch_interval,
 )
 from .parts import Difference, Report
 from .run import RESULT_FILE
@@ -165,10 +168,9 @@ def _outlooks(report: Report, file: Path, metric: str, paired: bool) -> list[Out
         if not all(map(math.isfinite, (*a, *b))):
             raise UserError(f"--pilot {file}: {metric} is absent in it")
         design = measured_design(a, b, None, report.images, paired=paired)
-        if not (design.reference_sd or design.arm_sd):
-            raise UserError(
-                f"--pilot {file}: all seeds of {report.reference} and {arm} are equal, which shows no spread"
-            )
+        if (seed_interval(np.subtract(b, a)) if paired else welch_interval(a, b)) is None:
+            alike = f"differ by the same between {report.reference} and {arm}" if paired else "are equal in both arms"
+            raise UserError(f"--pilot {file}: all seeds {alike}, which shows no spread: give --sd")
         design = replace(design, image_error=_image_error(tasks[report.task][metric], report.images))
         hours = _hours(file.parent, (report.reference, arm), report.seeds)
         found.append(Outlook(f"{arm} - {report.reference}, {metric}", design, hours, len(report.seeds)))

@@ -44,6 +44,8 @@ _SHAPE = 2.0
 # What one standard deviation of skill does to the logarithm of a box's error; about half an AP point.
 _SKILL = 0.015
 _LEAST_SKILL, _MOST_SKILL = -5.0, 6.0
+# Of the mean skill of an arm, above that of the first.
+_LEAST_SHIFT, _MOST_SHIFT = -2.0, 4.0
 # A detector that is less probable for a seed counts for nothing in a mean.
 _NO_SHARE = 1e-6
 _WIDTH, _HEIGHT = 640, 480
@@ -108,7 +110,29 @@ def read_tally(path: Path) -> Tally:
         raise UserError(f"{path} holds no counts of a simulation: {remedy}")
     if any(type(count) is not int or count < 0 for part in content.values() for count in part.values()):
         raise UserError(f"{path} holds what is no count: {remedy}")
+    odd = next((name for name, count in content["experiments"].items() if not (count and _is_cell(name))), None)
+    if odd is not None or any(count < 1 for count in content["draws"].values()):
+        raise UserError(f"{path} holds counts of no experiment that is known: {remedy}")
     return Tally(**content)
+
+
+# The parts of the names of counts: "<images>|<kind>|<noise>|...|<what was so>".
+_CELLS = {
+    "two arms": (float, float, int),
+    "looks": (float,),
+    "arms": (int,),
+}
+
+
+def _is_cell(name: str) -> bool:
+    """Whether counts go by this name."""
+    images, kind, noise, *numbers, _ = name.split("|") if name.count("|") > 2 else ("", "", "", "")
+    try:
+        int(images)
+        parts = [number(part) for number, part in zip(_CELLS[kind], numbers, strict=True)]
+    except (KeyError, ValueError):
+        return False
+    return noise in NOISES and all(map(math.isfinite, parts))
 
 
 class Population:
@@ -143,12 +167,26 @@ class Population:
         return np.diff(_cumulative(noise, bounds), prepend=0, append=1)
 
     def shift(self, noise: str, arm: int, effect: float) -> float:
-        """How much above the mean the skills of an arm must be for its AP to be ``effect`` above that of the first."""
+        """How much above the mean the skills of an arm must be for its AP to be ``effect`` above that of the first.
+
+        Raises:
+            UserError: no skills make it so.
+        """
         key = noise, arm, effect
         if key not in self._shifts:
-            wanted = self.shares(noise) @ self.ap[0] + effect
+            mean = self.shares(noise) @ self.ap[0]
+
+            def reached(shift: float) -> float:
+                return float(self.shares(noise, shift) @ self.ap[arm] - mean)
+
+            low, high = reached(_LEAST_SHIFT), reached(_MOST_SHIFT)
+            if not low < effect < high:
+                raise UserError(
+                    f"detectors whose AP differs by {effect:g} cannot be made up here: give --effects between "
+                    f"{low:.2f} and {high:.2f}"
+                )
             self._shifts[key] = scipy.optimize.brentq(
-                lambda shift: float(self.shares(noise, shift) @ self.ap[arm] - wanted), -2, 4, xtol=1e-9
+                lambda shift: reached(shift) - effect, _LEAST_SHIFT, _MOST_SHIFT, xtol=1e-9
             )
         return self._shifts[key]
 
@@ -535,12 +573,14 @@ def _having(cells: Sequence[str], place: int, *values: str) -> list[str]:
 
 
 def _looked(cell: str, what: str, how: str) -> list[str]:
-    """What is false depends on the truth: at 0 a gain or a loss, else a loss or no relevant difference."""
+    """What is false depends on the truth: a gain and a loss where it is not above and not below 0, and no relevant
+    difference where it has the margin.
+    """
     if what != "false":
         return [f"{what}: {how}"]
-    return [
-        f"{which}: {how}" for which in ("loss", "gain" if cell.split("|")[3] == "0.0" else "no relevant difference")
-    ]
+    effect = float(cell.split("|")[3])
+    is_false = {"gain": effect <= 0, "loss": effect >= 0, "no relevant difference": abs(effect) >= MARGIN}
+    return [f"{which}: {how}" for which, false in is_false.items() if false]
 
 
 def _range(tally: Tally, cells: Sequence[str], names: Sequence[str]) -> str:

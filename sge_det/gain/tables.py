@@ -97,7 +97,7 @@ def metrics_csv(report: Report) -> str:
         for task, scores in by_task.items():
             for metric, score in scores.items():
                 for seed, value in zip(report.seeds, score.values):
-                    table.writerow([name, task, metric, seed, "" if math.isnan(value) else repr(float(value))])
+                    table.writerow([_inert(name), task, metric, seed, "" if math.isnan(value) else repr(float(value))])
     return lines.getvalue()
 
 

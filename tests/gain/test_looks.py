@@ -225,14 +225,17 @@ def test_a_report_before_the_end_is_exploratory(make):
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "{}", '{"seeds": []}', '{"seeds": [0], "looks": {"when": 3}}', '{"seeds": [0], "arms": 1}', "{"]
+    "text",
+    [
+        *("[]", "{}", '{"seeds": []}', '{"seeds": [0], "looks": {"when": 3}}', '{"seeds": [0], "arms": 1}', "{"),
+        *('{"seeds": ["0"]}', '{"seeds": [true]}', '{"seeds": [0], "arms": [1]}'),
+        *('{"seeds": [0], "finished_before": [1]}', '{"seeds": [0], "looks": {"first": 3.0, "decide": true}}'),
+    ],
 )
-def test_a_plan_that_is_none_is_refused(make, text):
-    matrix = make([0])
-    matrix.output.mkdir(exist_ok=True)
-    (matrix.output / "plan.json").write_text(text)
+def test_a_plan_that_is_none_is_refused(tmp_path, text):
+    (tmp_path / "plan.json").write_text(text)
     with pytest.raises(UserError, match=r"plan.json cannot be read"):
-        measure_gain(matrix, bootstrap=0)
+        declared(tmp_path)
 
 
 def test_a_rule_that_was_not_declared_still_ends_by_its_answer(make):

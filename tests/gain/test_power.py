@@ -95,6 +95,10 @@ def test_pilots_that_tell_nothing(pilot, tmp_path):
         (tmp_path / "other.json").write_text(json.dumps(report | change))
         with pytest.raises(UserError, match=words):
             from_pilot(tmp_path / "other.json")
+    write_pilot(tmp_path / "shifted.json", {"plain": (50.1, 51.3, 50.7), "sge": (51.1, 52.3, 51.7)})
+    with pytest.raises(UserError, match="all seeds differ by the same between plain and sge, which shows no spread"):
+        from_pilot(tmp_path / "shifted.json")
+    assert from_pilot(tmp_path / "shifted.json", paired=False)[0].design.paired is False
     write_pilot(tmp_path / "one.json", {"plain": (50.0,), "sge": (51.0,)})
     with pytest.raises(UserError, match="has one seed, which shows no spread"):
         from_pilot(tmp_path / "one.json")

@@ -227,6 +227,7 @@ def test_tables_as_csv_and_latex(compared):
     report = measurement.report
     rows = list(csv.reader((folder / "tables/metrics_bbox.csv").open()))
     assert rows[0][:3] == ["metric", "plain", f"'{NASTY}"]
+    assert {row[0] for row in csv.reader((folder / "metrics.csv").open())} == {"arm", "plain", f"'{NASTY}"}
     (ap,) = [row for row in rows if row[0] == "AP"]
     assert ap[3] == f"{report.differences[NASTY]['bbox']['AP'].mean:+.2f}"
     for name, table in report_tables(report).items():
@@ -239,6 +240,8 @@ def test_tables_as_csv_and_latex(compared):
 
 
 def test_text_in_latex_and_spreadsheets():
+    # "\\\\" takes what stands in brackets after it, and a star, for its own
+    assert escape_latex("[a]*") == "{[}a]{*}"
     assert escape_latex("50% of $x_1 {a} #2~^<>\n±") == (
         r"50\% of \$x\_1 \{a\} \#2\textasciitilde{}\textasciicircum{}\textless{}\textgreater{} $\pm$"
     )

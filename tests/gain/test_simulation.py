@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from sge_det import UserError
 from sge_det.gain.simulation import ARMS, EFFECTS, NOISES, SEEDS, Population, Tally, coverage_report, simulate
 
 
@@ -84,3 +85,27 @@ def test_report_has_a_row_for_each_kind(tally):
     tables = [part for part in report.split("\n\n") if part.startswith("|")]
     assert [len(table.splitlines()) - 2 for table in tables] == [6, 6, 6, 4]
     assert all(row.split("|")[1].strip() == "30" for table in tables for row in table.splitlines()[2:])
+
+
+@pytest.mark.parametrize(
+    ("effect", "false"),
+    [(0.0, 1 + 2), (0.25, 2), (0.5, 2 + 4), (1.0, 2 + 4), (-0.25, 1), (-1.0, 1 + 4)],
+)
+def test_what_is_false_with_looks_depends_on_the_truth(effect, false):
+    """One experiment in a hundred is told as a gain, two as a loss, four as no relevant difference (of 0.5)."""
+    tally = Tally()
+    for which, count in (("gain", 1), ("loss", 2), ("no relevant difference", 4)):
+        tally.add(f"60|looks|normal|{effect}|{which}: with levels", [place < count for place in range(100)])
+    for name in ("covers", "before 10 seeds"):
+        tally.add(f"60|looks|normal|{effect}|{name}: with levels", [True] * 100)
+    for how in ("without", "until a width"):
+        for name in ("gain", "loss", "no relevant difference", "covers", "before 10 seeds"):
+            tally.add(f"60|looks|normal|{effect}|{name}: {how}", [False] * 100)
+    (row,) = [line for line in coverage_report(tally).splitlines() if "normal" in line]
+    assert float(row.split("|")[4]) == false
+
+
+@pytest.mark.parametrize("effect", [50.0, -50.0, float("nan")])
+def test_an_effect_that_no_detectors_have_is_told(population, effect):
+    with pytest.raises(UserError, match="give --effects between"):
+        population.shift("normal", 1, effect)
