@@ -17,6 +17,7 @@ HOSTILE = [
     "1. item",
     "2) item",
     "===",
+    "    code",
     "+ item",
     "&lt;b&gt;",
     "a\nb\r\tc\x1b[2J\u202ed",
@@ -34,7 +35,7 @@ def test_names_stand_in_markdown_as_they_are(text):
     assert escaped.isprintable()
     # what a reader sees: backslashes before punctuation and entities undone, as Markdown does
     shown = html.unescape(re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", escaped))
-    assert shown == "".join(char if char.isprintable() else " " for char in text)
+    assert shown == "".join(char if char.isprintable() else " " for char in text).lstrip()
     bare = re.sub(r"\\[!-/:-@\[-`{-~]|&#?\w+;", "", escaped)
     assert not re.search(r"[<>|*_`\[\]$~\\]|://|@|www\.", bare)
     assert not re.match(r"\s*([#+=-]|\d+[.)](\s|$))", escaped)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.annotations import is_number
 from ..engine.pretraining.options import PREDICTIONS, RESULT
 from ..errors import UserError
 from ..evaluation.bootstrap import image_weights
@@ -61,7 +62,17 @@ def read_classified(path: str | Path) -> Classified:
     if (hits[:, 0] > hits[:, 1]).any():
         raise UserError(f"{file}: an image is right by top1 and wrong by top5, which cannot be")
     beside = file.with_name(RESULT)
-    return Classified(file, images, hits, _read(beside) if beside.is_file() else {})
+    result = _read(beside) if beside.is_file() else {}
+    history = result.get("history", [])
+    are_points = isinstance(history, list) and all(
+        isinstance(point, dict) and is_number(point.get("epoch")) and is_number(point.get("top1")) for point in history
+    )
+    if not are_points or not is_number(result.get("seconds", 0)):
+        raise UserError(
+            f"{beside}: 'history' must be a list of objects with the numbers epoch and top1, and 'seconds' a number: it "
+            "is not what tools/pretrain.py writes"
+        )
+    return Classified(file, images, hits, result)
 
 
 def predictions_file(path: str | Path) -> Path:

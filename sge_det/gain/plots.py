@@ -24,6 +24,8 @@ _MARKERS = ("o", "s", "D", "^", "v", "P")
 _STYLE = rc_context({"font.size": 13, "axes.titlesize": 14, "font.family": "DejaVu Sans", "text.parse_math": False})
 _WIDTH = 10.0  # inches
 _DPI = 120
+# More than 65,535 pixels no picture has.
+_TALLEST = 500.0  # inches
 # Categories that are shown where there are more: half of them the best, half the worst.
 _MOST_CATEGORIES = 30
 
@@ -238,7 +240,8 @@ def precision_recall(measurement: Measurement) -> Figure:
 
 
 def _figure(height: float, columns: int, rows: int = 1, **shared) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(_WIDTH if columns > 1 else 0.7 * _WIDTH, height), dpi=_DPI, layout="constrained")
+    size = (_WIDTH if columns > 1 else 0.7 * _WIDTH, min(height, _TALLEST))
+    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
     figure.get_layout_engine().set(wspace=0.06)  # else the last number of an axis meets the first of the next
     axes = figure.subplots(rows, columns, squeeze=False, **shared)
     for ax in axes.flat:

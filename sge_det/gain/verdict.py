@@ -97,9 +97,15 @@ def _of_seeds(each: Evidence) -> str:
     if each.both is None:
         return f" (mean of {count} seeds): "
     return (
-        f" (mean of {count} seeds, {100 * each.both.confidence:.3g}% interval over new seeds and new images "
+        f" (mean of {count} seeds, {_percent(each.both.confidence)} interval over new seeds and new images "
         f"{each.both.low:+.2f} to {each.both.high:+.2f}): "
     )
+
+
+def _percent(confidence: float) -> str:
+    # two digits of what is left of 100, which no interval has
+    decimals = max(1 - math.floor(math.log10(100 * (1 - confidence))), 1)
+    return f"{100 * confidence:.{decimals}f}".rstrip("0").rstrip(".") + "%"
 
 
 def _what_it_shows(

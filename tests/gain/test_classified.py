@@ -111,6 +111,14 @@ def test_malformed_predictions_are_told(arms, tmp_path, content, words):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("made", [{"history": None}, {"history": [{"epoch": 1}]}, {"history": 3}, {"seconds": "long"}])
+def test_what_a_run_recorded_of_itself_is_checked_too(tmp_path, made):
+    runs = {name: [write_run(tmp_path / name, range(count), **made)] for name, count in (("plain", 5), ("sge", 9))}
+    with pytest.raises(UserError, match=r"plain/result\.json: 'history' must be a list of objects"):
+        compare_classified(runs, tmp_path / "out", bootstrap=0)
+    assert not (tmp_path / "out").exists()
+
+
 def test_folders_without_a_finished_run_and_other_metrics(arms, tmp_path, call_tool):
     (tmp_path / "begun").mkdir()
     with pytest.raises(

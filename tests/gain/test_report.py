@@ -9,7 +9,7 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 
 from sge_det import UserError
-from sge_det.gain import Question, compare_results
+from sge_det.gain import Question, compare_results, plots
 from sge_det.gain.tables import pointing_tables
 
 
@@ -204,3 +204,9 @@ def test_pointing_figures_are_means_over_the_seeds():
         *("res5, all", "9", "25.0", "40.0 ± 14.1", "50.0 ± 0.0", "50.0 ± 0.0"),
         *("+10.0 ± 14.1", "+25.0 ± 0.0", "1.600 ± 0.141"),
     ]
+
+
+def test_a_picture_of_many_arms_can_be_drawn():
+    """Agg refuses 65,536 pixels and more."""
+    figure, _ = plots._figure(9999.0, 1)
+    assert 10_000 < figure.get_size_inches()[1] * figure.dpi < 1 << 16

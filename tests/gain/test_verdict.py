@@ -74,6 +74,11 @@ def test_what_two_seeds_tell_is_that_of_the_interval_and_the_level():
     assert "to nothing of other seeds. A true" in unpaired
 
 
+@pytest.mark.parametrize(("level", "told"), [(0.05, "95%"), (0.012, "98.8%"), (0.00011, "99.989%"), (2e-5, "99.998%")])
+def test_no_interval_is_of_100_per_cent(level, told):
+    assert f"seeds, {told} interval over" in judged(Interval(0.5, 0.22, 50), level=level).sentence
+
+
 def curves(*last):
     return {"bbox/AP": [(100, 10.0), *((200 + 100 * place, value) for place, value in enumerate(last))]}
 
