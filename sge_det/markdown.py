@@ -17,6 +17,6 @@ def escape(text: object) -> str:
 
 
 def escape_line(text: object) -> str:
-    """As :func:`escape`, where ``text`` begins a line: as no heading, list or rule, and not as code, which spaces make."""
+    """As :func:`escape`, where ``text`` begins a line: as no heading, list, rule or code, which spaces make."""
     line = escape(text).lstrip()
     return re.sub(r"^([#+=-]|\d(?=\d*[.)](\s|$)))", lambda found: f"&#{ord(found[1])};", line)

@@ -69,8 +69,8 @@ def read_classified(path: str | Path) -> Classified:
     )
     if not are_points or not is_number(result.get("seconds", 0)):
         raise UserError(
-            f"{beside}: 'history' must be a list of objects with the numbers epoch and top1, and 'seconds' a number: it "
-            "is not what tools/pretrain.py writes"
+            f"{beside}: 'history' must be a list of objects with the numbers epoch and top1, and 'seconds' a number: "
+            "it is not what tools/pretrain.py writes"
         )
     return Classified(file, images, hits, result)
 
