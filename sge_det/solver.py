@@ -104,7 +104,8 @@ def scale_sge_lr(
 
     Raises:
         UserError: a learning-rate scheduler was built for ``optimizer`` before. It holds the rates that it found, one
-            for each group of parameters, and would undo the factor or fail.
+            for each group of parameters, and would undo the factor or fail. Or the optimizer takes a single group
+            (LBFGS), or no ``weight_decay``.
     """
     if factor == 1.0 and weight_decay is None:
         return
@@ -113,11 +114,18 @@ def scale_sge_lr(
             "scale_sge_lr must come before the learning-rate scheduler is built, since the scheduler keeps the rates "
             "that it finds: call it right after the optimizer was made"
         )
+    name = type(optimizer).__name__
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise UserError(f"{name} has one rate for all parameters, so that SGE's can have none of their own")
+    if weight_decay is not None and any("weight_decay" not in group for group in optimizer.param_groups):
+        raise UserError(
+            f"{name} has no weight decay, so that SGE's parameters can have none of their own: leave it out"
+        )
     sge = {p for module in model.modules() if isinstance(module, SpatialGroupEnhance) for p in module.parameters()}
     for group in list(optimizer.param_groups):
         own = [parameter for parameter in group["params"] if parameter in sge]
         if not own:
             continue
         group["params"] = [parameter for parameter in group["params"] if parameter not in sge]
-        decay = group["weight_decay"] if weight_decay is None else weight_decay
-        optimizer.add_param_group({**group, "params": own, "lr": group["lr"] * factor, "weight_decay": decay})
+        decay = {} if weight_decay is None else {"weight_decay": weight_decay}
+        optimizer.add_param_group({**group, "params": own, "lr": group["lr"] * factor, **decay})

@@ -204,3 +204,5 @@ def test_tool(call_tool, tmp_path):
     assert done.returncode == 1 and "nothing was compared" in done.stdout
     done = call_tool("export_model.py", *arguments, "--image", "missing.jpg")
     assert done.returncode == 2 and "the image missing.jpg cannot be read" in done.stderr
+    done = call_tool("export_model.py", *arguments, "--size", "0,64")
+    assert done.returncode == 2 and "invalid size value: '0,64'" in done.stderr

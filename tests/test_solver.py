@@ -118,6 +118,15 @@ def test_any_optimizer_can_be_scaled():
     scale_sge_lr(optimizer, net, 4.0)
     assert rate(optimizer, net[2].bias) == pytest.approx(4e-3)
     assert rate(optimizer, net[0].bias) == pytest.approx(1e-3)
+    without_decay = torch.optim.Rprop(net.parameters(), lr=1e-3)
+    with pytest.raises(sge_det.UserError, match="Rprop has no weight decay"):
+        scale_sge_lr(without_decay, net, 4.0, 0.5)
+    scale_sge_lr(without_decay, net, 4.0)
+    assert rate(without_decay, net[2].bias) == pytest.approx(4e-3)
+    of_one_group = torch.optim.LBFGS(net.parameters())
+    with pytest.raises(sge_det.UserError, match="LBFGS has one rate"):
+        scale_sge_lr(of_one_group, net, 4.0)
+    assert sum(map(len, (group["params"] for group in of_one_group.param_groups))) == len(list(net.parameters()))
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,8 @@ def parser() -> argparse.ArgumentParser:
 
 def size(text: str) -> tuple[int, int]:
     height, width = map(int, text.split(","))
+    if min(height, width) < 1:
+        raise ValueError("an image has at least one pixel")
     return height, width
 
 
