@@ -1,7 +1,9 @@
 """docs/results.md says what its tables and raw figures show."""
 
+import hashlib
 import json
 import re
+import tarfile
 
 import numpy as np
 import pytest
@@ -65,21 +67,51 @@ def test_intervals_are_counted():
     assert len(intervals) >= 12
 
 
+def read(name):
+    return json.loads((ROOT / f"docs/results/{name}.json").read_bytes())
+
+
+def shown(interval):
+    low, high = interval
+    return f"{low:+.2f} to {high:+.2f}"
+
+
 def test_the_planned_comparison_is_that_of_the_raw_figures():
-    """Each cell of its two tables: means and Student's intervals by SciPy, the others as the report has them."""
+    """Each cell of its two tables: means and Student's intervals by SciPy, those over images as the reports have them."""
+    first, kept = read("constant"), read("kept")
     named = {
-        "SGE - plain": ("constant", "sge"),
-        "SGE with a learnt constant - plain": ("constant", "sge-constant"),
-        "SGE - SGE with a learnt constant": ("constant_attention", "sge"),
+        "SGE - plain": ("sge", "plain", kept),
+        "SGE with a learnt constant - plain": ("sge-constant", "plain", kept),
+        "SGE - SGE with a learnt constant": ("sge", "sge-constant", read("kept_attention")),
     }
-    for title, (name, arm) in named.items():
-        found = json.loads((ROOT / f"docs/results/{name}.json").read_bytes())["differences"][arm]["bbox"]["AP"]
-        spans = [found["intervals"][kind] for kind in ("seeds", "images", "both")]
-        shown = " | ".join(f"{span['low']:+.2f} to {span['high']:+.2f}" for span in spans)
-        assert f"| {title} | 3 | {np.mean(found['values']):+.2f} | {shown} | undecided" in PAGE
-        low, high = ttest_1samp(found["values"], 0).confidence_interval(0.95)
-        assert (low, high) == pytest.approx((spans[0]["low"], spans[0]["high"]))
-    arms = json.loads((ROOT / "docs/results/constant.json").read_bytes())["arms"]
-    for name, arm in arms.items():
-        values = arm["bbox"]["AP"]["values"]
-        assert f"| {name} | {' | '.join(f'{value:.2f}' for value in (*values, np.mean(values)))} |" in PAGE
+    values = {
+        name: [*first["arms"][name]["bbox"]["AP"]["values"], *arm["bbox"]["AP"]["values"]]
+        for name, arm in kept["arms"].items()
+    }
+    assert [*first["seeds"], *kept["seeds"]] == [*range(len(values["plain"]))]
+    for title, (arm, other, report) in named.items():
+        gains = np.subtract(values[arm], values[other])
+        found = report["differences"][arm]["bbox"]["AP"]
+        assert found["values"] == pytest.approx(gains[len(first["seeds"]) :])
+        low, high = ttest_1samp(gains, 0).confidence_interval(0.95)
+        assert low < 0 < high and "All are **undecided**" in PAGE
+        spans = [(found["intervals"][kind]["low"], found["intervals"][kind]["high"]) for kind in ("images", "both")]
+        cells = [len(gains), f"{gains.mean():+.2f}", shown((low, high))]
+        cells += [len(kept["seeds"]), f"{np.mean(found['values']):+.2f}", *map(shown, spans)]
+        assert f"| {title} | {' | '.join(map(str, cells))} |" in PAGE
+    for name, of_arm in values.items():
+        assert f"| {name} | {' | '.join(f'{value:.2f}' for value in (*of_arm, np.mean(of_arm)))} |" in PAGE
+
+
+def test_the_archive_holds_the_runs_of_the_kept_seeds(tmp_path):
+    with tarfile.open(ROOT / "docs/results/bccd_faster.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    report = read("kept")
+    for arm, figures in report["arms"].items():
+        for seed, value in zip(report["seeds"], figures["bbox"]["AP"]["values"], strict=True):
+            run = tmp_path / arm / f"seed{seed}"
+            result = json.loads((run / "result.json").read_bytes())
+            assert result["results"]["bbox"]["AP"] == pytest.approx(value, abs=1e-6)
+            detections = (run / "inference/coco_instances_results.json").read_bytes()
+            assert hashlib.sha256(detections).hexdigest() == result["predictions"]
+            assert (run / "fingerprint.json").is_file() and (run / "config.yaml").is_file()
