@@ -77,7 +77,7 @@ def shown(interval):
 
 
 def test_the_planned_comparison_is_that_of_the_raw_figures():
-    """Each cell of its two tables: means and Student's intervals by SciPy, those over images as the reports have them."""
+    """Each cell of its two tables: means and Student's intervals by SciPy, those over images by the reports."""
     first, kept = read("constant"), read("kept")
     named = {
         "SGE - plain": ("sge", "plain", kept),
