@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked_python
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,7 +62,7 @@ def sample_datasets(sample):
 
 @pytest.fixture
 def run_tool(tmp_path):
-    """Runs a script of tools/ as a person would; returns the finished process."""
+    """Runs a script of tools/ as a person would, in a new interpreter; returns the finished process."""
 
     def run(name, *arguments, env=None):
         return subprocess.run(
@@ -74,6 +75,30 @@ def run_tool(tmp_path):
         )
 
     return run
+
+
+@pytest.fixture
+def fork_tool(tmp_path):
+    """What ``run_tool`` does, without the seconds of a new interpreter's imports.
+
+    For a tool that another test runs with ``run_tool``.
+    """
+
+    def run(name, *arguments):
+        return forked_python.run([sys.executable, ROOT / "tools" / name, *arguments], cwd=tmp_path, timeout=500)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def forked_runs():
+    """The runs of a matrix are forked too."""
+    from sge_det.gain import processes
+
+    forked_python.serve()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "subprocess", forked_python.SUBPROCESS)
+        yield
 
 
 @pytest.fixture

@@ -6,6 +6,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import forked_python
+
 _HEADS = [
     *("MODEL.FPN.OUT_CHANNELS", "16", "MODEL.ROI_BOX_HEAD.FC_DIM", "16", "MODEL.RPN.POST_NMS_TOPK_TRAIN", "20"),
     *("MODEL.RPN.POST_NMS_TOPK_TEST", "20", "DATALOADER.NUM_WORKERS", "0"),
@@ -20,12 +22,12 @@ NARROW = [
 
 
 class Started:
-    """A tool in a group of its own, its output in a file."""
+    """A tool in a group of its own, its output in a file; forked, or in a new interpreter."""
 
-    def __init__(self, command, output):
+    def __init__(self, command, output, fresh=False):
         self.output = output
         with open(output, "w") as file:
-            self.process = subprocess.Popen(
+            self.process = (subprocess.Popen if fresh else forked_python.start)(
                 command,
                 stdout=file,
                 stderr=subprocess.STDOUT,

@@ -5,10 +5,10 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import forked_python
 import numpy as np
 import pytest
 import torch
@@ -51,9 +51,7 @@ def work(tmp_path, sample):
 
 def run(command, work):
     assert command[0] == "python"
-    done = subprocess.run(
-        [sys.executable, *command[1:]], cwd=work, env=os.environ, capture_output=True, text=True, timeout=300
-    )
+    done = forked_python.run([sys.executable, *command[1:]], cwd=work, timeout=300)
     assert done.returncode == 0, f"{command}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
     return done.stdout
 

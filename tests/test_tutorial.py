@@ -28,7 +28,7 @@ def shown(monkeypatch):
     return found
 
 
-def test_every_cell_runs(shown, tmp_path, monkeypatch, capsys):
+def test_every_cell_runs(shown, forked_runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     notebook = json.loads((ROOT / "docs/tutorial.ipynb").read_text(encoding="utf-8"))
     names = {}

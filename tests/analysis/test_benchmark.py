@@ -88,8 +88,8 @@ def test_layer_tool(run_tool, tmp_path):
 
 
 @pytest.mark.parametrize("shape", ["1,100,5,5", "1,64,5", "1,64,0,5"])
-def test_layer_tool_says_what_is_wrong_with_a_shape(run_tool, shape):
-    done = run_tool("benchmark.py", "layer", "--shapes", shape)
+def test_layer_tool_says_what_is_wrong_with_a_shape(fork_tool, shape):
+    done = fork_tool("benchmark.py", "layer", "--shapes", shape)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: a shape is N,C,H,W") and shape in done.stderr
 
@@ -114,9 +114,9 @@ def test_model_tool(run_tool, tmp_path):
     assert len(rows) == 2 * 2 * (1 + len(others)) and {row["shape"] for row in rows} == {"1x3x64x96"}
 
 
-def test_model_tool_wants_the_config_with_sge(run_tool):
+def test_model_tool_wants_the_config_with_sge(fork_tool):
     config = "sample/faster_rcnn_SGE_R_50_FPN.yaml"
-    done = run_tool("benchmark.py", "model", "--config-file", config, "MODEL.SGE.ENABLED", "False")
+    done = fork_tool("benchmark.py", "model", "--config-file", config, "MODEL.SGE.ENABLED", "False")
     assert done.returncode == 2 and "the plain twin is made from it" in done.stderr
 
 

@@ -124,8 +124,8 @@ def test_the_report_names_what_the_tables_hold(tiny_config):
         (["MODEL.SGE.ENABLED", "False"], [], "MODEL.SGE.ENABLED"),
     ],
 )
-def test_bad_input_is_one_sentence(run_tool, overrides, size, words):
-    done = run_tool(
+def test_bad_input_is_one_sentence(run_tool, fork_tool, overrides, size, words):
+    done = (run_tool if overrides else fork_tool)(
         "analyze_model.py", "--config-file", "sample/faster_rcnn_SGE_R_50_FPN.yaml", *size, "MODEL.DEVICE", "cpu",
         *overrides,
     )  # fmt: skip

@@ -212,8 +212,8 @@ def test_only_data_sets_in_cocos_format(detector):
         (["MODEL.WEIGHTS", "no_such.pth"], "no_such.pth"),
     ],
 )
-def test_bad_input_is_one_sentence(run_tool, sample_datasets, arguments, words):
-    done = run_tool(
+def test_bad_input_is_one_sentence(run_tool, fork_tool, sample_datasets, arguments, words):
+    done = (run_tool if arguments else fork_tool)(
         "pointing_game.py", "--config-file", FASTER, "--dataset", *sample_datasets[1], *arguments,
         "DATASETS.TEST", f"('{sample_datasets[1][0]}',)", "MODEL.DEVICE", "cpu",
     )  # fmt: skip

@@ -3,11 +3,11 @@
 import json
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
 from dataclasses import asdict, replace
 
+import forked_python
 import numpy as np
 import pytest
 import torch
@@ -396,11 +396,11 @@ launching.launch(main, args)
 
 
 def test_torchrun_ends_as_it_would_have_ended(run, tmp_path):
-    run = replace(run, batch_size=12, epochs=1, mixup=0.0, model="sge_resnet18", model_kwargs={}, groups=32)
+    run = replace(run, batch_size=12, epochs=1, mixup=0.0, model="sge_resnet18")
     (tmp_path / "two.py").write_text(_TWO)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(tmp_path / "two.py"), json.dumps(asdict(run))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = forked_python.run(command, timeout=300)  # torchrun, that is
     assert done.returncode == 0, done.stderr[-3000:]
     before, after = final(run.folder), final(run.folder.with_name("out_other"))
     for weights in ("state_dict", "state_dict_ema"):

@@ -13,6 +13,8 @@ from sge_det.engine.training import setup_config
 from sge_det.gain import Matrix, choose_arms, measure_gain, to_json
 from sge_det.gain.arms import examine_arms
 
+pytestmark = pytest.mark.usefixtures("forked_runs")
+
 CONFIG = "sample/faster_rcnn_SGE_R_50_FPN.yaml"
 R18 = [
     *("MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.STEM_OUT_CHANNELS", "64", "MODEL.SGE.GROUPS", "32"),

@@ -116,7 +116,7 @@ def trainings(output):
     return sum(log.read_text().count("Starting training from iteration") for log in output.glob("*/*/log.txt"))
 
 
-def test_killed_at_random_and_run_again(finished, sample_datasets, tmp_path):
+def test_killed_at_random_and_run_again(finished, forked_runs, sample_datasets, tmp_path):
     output = tmp_path / "out"
     made = matrix(output, sample_datasets)
     chance = random.Random()
@@ -271,7 +271,7 @@ def test_launch_arguments_are_handed_to_each_run(tmp_path, sample_datasets):
         assert run.fingerprint["processes"] == 2
 
 
-def test_mistakes_that_a_run_finds_are_told(sample, sample_datasets, tmp_path):
+def test_mistakes_that_a_run_finds_are_told(forked_runs, sample, sample_datasets, tmp_path):
     shutil.copytree(sample / "train", tmp_path / "train")
     (name, file, _), val = sample_datasets
     made = matrix(tmp_path / "out", [(name, file, str(tmp_path / "train")), val])

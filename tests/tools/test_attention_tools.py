@@ -56,9 +56,9 @@ def test_visualize_attention(run_tool, sample, sample_datasets, weights, tmp_pat
         ("visualize_attention.py", [], "sge_sample_val is not there"),
     ],
 )
-def test_mistakes_end_with_a_sentence_and_code_2(run_tool, tmp_path, tool, arguments, message):
+def test_mistakes_end_with_a_sentence_and_code_2(fork_tool, tmp_path, tool, arguments, message):
     (tmp_path / "here.jpg").write_bytes(b"")
-    done = run_tool(tool, "--config-file", FASTER, "--output", "out", *arguments, env={"DETECTRON2_DATASETS": "none"})
+    done = fork_tool(tool, "--config-file", FASTER, "--output", "out", *arguments)
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ")

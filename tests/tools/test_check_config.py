@@ -66,8 +66,8 @@ def test_no_config(call_tool):
     assert run.stderr == f"error: give a config with --config-file, for instance {example}\n"
 
 
-def test_the_same_findings_stop_train_net(run_tool, sample_datasets):
-    run = run_tool(
+def test_the_same_findings_stop_train_net(fork_tool, sample_datasets):
+    run = fork_tool(
         "train_net.py",
         *("--config-file", FASTER, *dataset_arguments(sample_datasets), *TINY, "MODEL.SGE.GROUPS", "48"),
     )
@@ -75,8 +75,8 @@ def test_the_same_findings_stop_train_net(run_tool, sample_datasets):
     assert "error: MODEL.SGE.GROUPS: 48 does not divide" in run.stderr
 
 
-def test_the_same_findings_stop_measure_gain(run_tool, sample_datasets, tmp_path):
-    run = run_tool(
+def test_the_same_findings_stop_measure_gain(fork_tool, sample_datasets, tmp_path):
+    run = fork_tool(
         "measure_gain.py",
         *("--config-file", FASTER, "--output", tmp_path / "out", *dataset_arguments(sample_datasets), *TINY),
         *("MODEL.WEIGHTS", "nowhere.pth"),

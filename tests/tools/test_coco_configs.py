@@ -15,6 +15,10 @@ SMALL = [
     *("INPUT.MIN_SIZE_TEST", "64", "INPUT.MAX_SIZE_TEST", "96"),
     *("SOLVER.MAX_ITER", "1", "SOLVER.STEPS", "()", "SOLVER.IMS_PER_BATCH", "1"),
     *("MODEL.WEIGHTS", "", "DATALOADER.NUM_WORKERS", "0"),
+    # narrow: at their own widths all are built in tests/modeling/test_resnet.py
+    *("MODEL.RESNETS.RES2_OUT_CHANNELS", "64", "MODEL.RESNETS.STEM_OUT_CHANNELS", "16"),
+    *("MODEL.RESNETS.WIDTH_PER_GROUP", "16", "MODEL.FPN.OUT_CHANNELS", "64", "MODEL.ROI_BOX_HEAD.FC_DIM", "64"),
+    *("MODEL.ROI_MASK_HEAD.CONV_DIM", "32"),
     *("MODEL.RPN.POST_NMS_TOPK_TRAIN", "30", "MODEL.RPN.POST_NMS_TOPK_TEST", "30"),
 ]
 # one process for all, since the start of each takes longer than what it does

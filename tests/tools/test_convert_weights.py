@@ -69,10 +69,10 @@ def test_mistakes_end_with_a_sentence_and_code_2(call_tool, sources, tmp_path, a
     assert not list(tmp_path.glob("out*"))
 
 
-def test_code_in_a_file_is_refused_by_the_tool(run_tool, tmp_path):
+def test_code_in_a_file_is_refused_by_the_tool(fork_tool, tmp_path):
     canary = tmp_path / "canary"
     (tmp_path / "R-50.pkl").write_bytes(b"cos\nsystem\n(S'touch " + str(canary).encode() + b"'\ntR.")
-    run = run_tool("convert_weights.py", "R-50.pkl", "out.pth")
+    run = fork_tool("convert_weights.py", "R-50.pkl", "out.pth")
     assert run.returncode == 2
     assert run.stderr.splitlines()[-1].startswith("error: R-50.pkl is refused: to read it would call os.system")
     assert "Traceback" not in run.stderr

@@ -23,10 +23,10 @@ def report_of(folder):
     return json.loads((folder / "report.json").read_text(), parse_constant=pytest.fail)
 
 
-def test_arms_with_seeds_then_the_same_command_again(run_tool, call_tool, sample_datasets, tmp_path):
+def test_arms_with_seeds_then_the_same_command_again(fork_tool, call_tool, sample_datasets, tmp_path):
     command = ["--config-file", CONFIG, "--output", "out", *datasets(sample_datasets), *ARMS, "--bootstrap", "200"]
     command += [*TINY, *SCHEDULE, *MICRO]
-    first = run_tool("measure_gain.py", *command)
+    first = fork_tool("measure_gain.py", *command)
     assert first.returncode == 0, first.stderr
     runs = [f"{arm}/seed{seed}" for arm in ("plain", "late") for seed in (3, 5)]
     assert sorted(str(path.parent.relative_to(tmp_path / "out")) for path in tmp_path.glob("out/*/*/result.json")) == (
@@ -44,7 +44,7 @@ def test_arms_with_seeds_then_the_same_command_again(run_tool, call_tool, sample
     assert list(report["gates"]["late"]["3"]) == ["res5"]
 
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/*/*") if path.suffix in (".pth", ".json")}
-    again = run_tool("measure_gain.py", *command)
+    again = fork_tool("measure_gain.py", *command)
     assert again.returncode == 0, again.stderr
     assert [line.split(":")[0] for line in again.stdout.splitlines() if line.startswith("kept ")] == [
         f"kept {arm}/seed{seed}" for seed in (3, 5) for arm in ("plain", "late")
@@ -91,8 +91,8 @@ def results(sample, tmp_path):
     return sample / "annotations/instances_val.json", found
 
 
-def test_compare_names_the_gain_and_draws_the_images(run_tool, results, sample, tmp_path):
-    done = run_tool(
+def test_compare_names_the_gain_and_draws_the_images(fork_tool, results, sample, tmp_path):
+    done = fork_tool(
         "measure_gain.py",
         *("--compare", "--gt", results[0], "--images", sample / "val", "--output", "out", "--bootstrap", "200"),
         *("--arm-results", "base", "some.json", "some1.json", "--arm-results", "mine", "all.json", "all1.json"),

@@ -46,9 +46,9 @@ def test_mistakes_end_with_a_sentence_and_code_2(call_tool, sample_datasets, arg
     assert "Traceback" not in run.stderr
 
 
-def test_a_mistake_in_one_of_the_processes_is_told_the_same_way(run_tool, sample_datasets, tmp_path):
+def test_a_mistake_in_one_of_the_processes_is_told_the_same_way(fork_tool, sample_datasets, tmp_path):
     (tmp_path / "w.pth").write_bytes(b"not weights")
-    run = run_tool(
+    run = fork_tool(
         "train_net.py",
         *("--config-file", FASTER, "--num-gpus", "2", *dataset_arguments(sample_datasets)),
         *(*TINY, "OUTPUT_DIR", tmp_path / "out", "MODEL.WEIGHTS", tmp_path / "w.pth"),

@@ -54,7 +54,7 @@ def has_sge(cfg: CfgNode, options: SGEOptions) -> bool:
 
 def _stages(cfg: CfgNode) -> dict[str, list[bool]] | None:
     """:func:`stages_of` the model of ``cfg``; None where it cannot be built on the meta device."""
-    text = _Text(cfg.dump())
+    text = _Text(repr(cfg))  # as YAML it would take 0.1 s, each time that anybody asks
     text.cfg = cfg
     return _stages_of(text)
 
