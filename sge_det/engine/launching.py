@@ -25,6 +25,8 @@ TIMEOUT_SECONDS = 1800
 _POLL_SECONDS = 0.2
 # For the others to end by themselves, once one has.
 _GRACE_SECONDS = 5.0
+# Exit codes of what was asked to stop, SIGINT's and SIGTERM's.
+_STOPPED = (130, 143)
 
 
 @dataclass(frozen=True)
@@ -181,12 +183,15 @@ def _start(function: Callable, args: argparse.Namespace, timeout: timedelta) -> 
 
 
 def _watch(processes: list, stop) -> None:
-    """Waits until all have ended, or one has failed and the others had a while to end too."""
+    """Waits until all have ended, or one has failed and the others had a while to end too.
+
+    One that has stopped is no reason for haste: all have agreed to, and the first still writes the checkpoint.
+    """
     deadline = None
     while any(process.is_alive() for process in processes):
         if asked() is not None:
             stop.set()
-        if deadline is None and any(process.exitcode for process in processes):
+        if deadline is None and any(process.exitcode not in (None, 0, *_STOPPED) for process in processes):
             deadline = time.monotonic() + _GRACE_SECONDS
         if deadline is not None and time.monotonic() > deadline:
             return
@@ -200,7 +205,7 @@ def _tell(codes: list[int | None], error_files: list[str], first_rank: int) -> N
     errors.sort(key=lambda error: (not isinstance(error, UserError), isinstance(error, Resumable)))
     if errors and isinstance(errors[0], UserError) and not isinstance(errors[0], Resumable):
         raise errors[0]
-    stopped = [code for code in codes if code in (130, 143)]
+    stopped = [code for code in codes if code in _STOPPED]
     if stopped:
         raise Stopped(asked() or (signal.SIGINT if stopped[0] == 130 else signal.SIGTERM))
     killed = {rank: code for rank, code in enumerate(codes, first_rank) if code is not None and code < 0}

@@ -1,9 +1,11 @@
 """Who started this process, and what its arguments may say beside that."""
 
 import argparse
+from types import SimpleNamespace
 
 import pytest
 
+from sge_det.engine import launching
 from sge_det.engine.launching import check_launch, find_place
 from sge_det.errors import UserError
 
@@ -77,3 +79,15 @@ def test_arguments_that_can_be():
     check_launch(arguments(num_gpus=2), find_place(TORCHRUN))
     check_launch(arguments(), find_place(SLURM))
     check_launch(arguments(num_machines=2, machine_rank=1, dist_url="tcp://a:1"), None)
+
+
+@pytest.mark.parametrize(("code", "waited"), [(143, True), (1, False)])
+def test_the_checkpoint_of_what_is_stopped_is_waited_for(monkeypatch, code, waited):
+    """However long the first process writes it after the second has ended; one that fails does not wait for others."""
+    polls = iter([True] * 20)
+    writing = SimpleNamespace(exitcode=None, is_alive=lambda: next(polls, False))
+    ended = SimpleNamespace(exitcode=code, is_alive=lambda: False)
+    monkeypatch.setattr(launching, "_GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(launching, "_POLL_SECONDS", 0.001)
+    launching._watch([writing, ended], None)
+    assert (next(polls, None) is None) == waited
