@@ -327,6 +327,8 @@ def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> CfgNo
         _add_projects(cfg, loaded, overrides)
         _merge(cfg, CfgNode(loaded), path)
     except yaml.constructor.ConstructorError as error:
+        if "constructor for the tag" not in str(error.problem):
+            raise UserError(f"{path} is not a config in YAML: {error}") from error
         raise UserError(
             f"{path} has a YAML tag that would run code, which only files inside the detectron2 package may do; write "
             f"the value out: {error.problem}"
@@ -489,8 +491,10 @@ def _base_path(path: str, base: Any) -> str:
 
 def _overlay(below: dict, above: dict) -> None:
     for key, value in above.items():
-        if isinstance(value, dict) and key in below:
-            if not isinstance(below[key], dict):
+        if not isinstance(key, str):
+            raise TypeError(f"its key {key!r:.100} is no name")
+        if isinstance(value, dict):
+            if not isinstance(below.setdefault(key, {}), dict):
                 raise ValueError(f"{key} holds keys, but in {_BASE} it holds a value")
             _overlay(below[key], value)
         else:
@@ -572,7 +576,9 @@ def _config_error(cfg: CfgNode, error: Exception, key: str = "") -> str:
         return f"cannot read {error.filename}: {error.strerror}"
     message = str(error.args[0] if error.args else error)
     if "Non-existent" in message:
-        key = key or message.rsplit(" ", 1)[-1]
+        written, key = not key, key or message.rsplit(" ", 1)[-1]
+        if written and "." in key and key in _keys(cfg):
+            return f"{key} is written as one name: write each of {', '.join(key.split('.'))} below the one before"
         return f"there is no config key {key}{_nearest(key, _keys(cfg))}"
     if found := re.search(r"values \((.*) vs\. (.*)\) for config key: (\S+)", message, re.DOTALL):
         if "\n" in found[1]:
@@ -591,5 +597,6 @@ def _keys(cfg: CfgNode, prefix: str = "") -> list[str]:
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    alike = [other for other in known if other.casefold() == name.strip().casefold()]
+    near = alike or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f": did you mean {' or '.join(near)}?" if near else ""

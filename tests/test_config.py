@@ -115,6 +115,7 @@ def test_get_config_file_is_absolute_or_exists(tmp_path, monkeypatch):
     [
         ("COCO-Detection/faster_rcnn_SGE_R_50_FPN_3x.yaml", [], "faster_rcnn_SGE_R_50_FPN_2x.yaml"),
         ("sample/faster_rcnn_SGE_R_50_FPN.yaml", ["MODEL.SGE.GROUP", "8"], "did you mean MODEL.SGE.GROUPS"),
+        ("sample/faster_rcnn_SGE_R_50_FPN.yaml", ["model.sge.groups", "8"], "did you mean MODEL.SGE.GROUPS?"),
         ("sample/faster_rcnn_SGE_R_50_FPN.yaml", ["MODEL.SGE.GROUPS", "many"], "MODEL.SGE.GROUPS many"),
         ("sample/faster_rcnn_SGE_R_50_FPN.yaml", ["MODEL.SGE.GROUPS"], "has no value"),
         ("sample/faster_rcnn_SGE_R_50_FPN.yaml", ["MODEL.SGE.STAGES", "['res6']"], "'res6'"),
@@ -138,6 +139,11 @@ def test_mistakes_are_told_in_a_sentence(name, overrides, message):
         ("MODEL:\n  SEG:\n    GROUPS: 8\n", "no config key"),
         ("_BASE_: nowhere.yaml\n", "nowhere.yaml"),
         ("MODEL:\n  SGE:\n    GROUPS: some\n", "GROUPS"),
+        ("MODEL.SGE.GROUPS: 32\n", "MODEL.SGE.GROUPS is written as one name: write each of MODEL, SGE, GROUPS below"),
+        ("model:\n  WEIGHTS: x\n", "no config key model: did you mean MODEL?"),
+        ("MODEL:\n  SGE: {1: 2}\n", "its key 1 is no name"),
+        ("MODEL:\n  ? [a, b]\n  : 1\n", "is not a config in YAML: while constructing a mapping"),
+        ("MODEL:\n  PIXEL_MEAN: !!python/tuple [1]\n", "would run code"),
     ],
 )
 def test_malformed_files_are_named(tmp_path, text, message):

@@ -109,6 +109,11 @@ def to_detectron2(source: Source) -> Renamed:
                 "model"
             ) from error
         result.state[name] = _sge_shape(name, changed)
+    if _COUNTER in result.dropped.values() and not any(key.endswith("running_mean") for key in result.state):
+        raise UserError(
+            f"{source.path} has norms' counters, but not their running means and variances: save the whole state_dict, "
+            "not its parameters alone"
+        )
     if source.kind == "caffe2" and any("_bn_" in key for key in origins.values()):
         _complete_affine_norms(result)
     return result

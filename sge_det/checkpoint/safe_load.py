@@ -90,7 +90,8 @@ _BEGINNINGS = {
     b"<": "it is a web page: fetch the file itself",
     b"version https://git-lfs": "it is a pointer of Git LFS: fetch the file itself with 'git lfs pull'",
     b"\x1f\x8b": "it is compressed by gzip: unpack it",
-    b"{": "it is JSON: name the file that holds the tensors",
+    b"{": "it is JSON: name the file that holds the tensors; where it lists several, save one dict of all of theirs "
+    "with torch.save",
     b"GGUF": "it is GGUF: take the file that it was made of",
 }
 _ENDINGS = {

@@ -124,7 +124,10 @@ MSRA = Recipe("BGR", _MEAN[::-1], (1.0, 1.0, 1.0), True)
 # What training scripts put around their weights, and around the averages of them over the last steps.
 _RAW = ("state_dict", "model_state_dict", "model", "net", "student")
 _AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "teacher")
-_PAIRS = (("student.", "teacher."), ("model.", "ema."), ("model.", "model_ema."), ("model.", "ema_model."))
+_PAIRS = (
+    *(("student.", "teacher."), ("model.", "ema."), ("model.", "model_ema."), ("model.", "ema_model.")),
+    ("online_model.", "ema_model."),
+)
 _FIRST_BLOCK = "layer1.0.conv1.weight"
 _OF_RESNET = re.compile(r"(conv1|bn1|layer[1-4])\.|fc\.(weight|bias)$")
 # MoCo has its network twice; this one is trained.
@@ -227,6 +230,12 @@ def read_source(path: str, *, strict: bool = True, weights_of: str | None = None
         UserError: it cannot be read, would run code, or is of no known kind.
     """
     check_address(path)
+    part = re.search(r"-\d{5}-of-(\d{5})\.\w+$", path)
+    if part and int(part[1]) > 1:
+        raise UserError(
+            f"{path} is one of {int(part[1])} files that hold the weights together: save one dict of all their tensors "
+            "with torch.save, and name that"
+        )
     try:
         local = PathManager.get_local_path(path)
     except (OSError, ValueError) as error:
@@ -388,18 +397,15 @@ def _split_averaged(state: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[
     """Raw and averaged weights that stand side by side in one dict, told by what is before their names."""
     for raw, averaged in _PAIRS:
         parts = {p: {k.removeprefix(p): v for k, v in state.items() if str(k).startswith(p)} for p in (raw, averaged)}
-        if parts[averaged] and len(parts[raw]) + len(parts[averaged]) == len(state):
+        others = [value for key, value in state.items() if not str(key).startswith((raw, averaged))]
+        # counters of steps may stand beside them
+        if parts[averaged] and not any(getattr(value, "ndim", 0) for value in others):
             return parts[raw] or parts[averaged], (averaged, parts[averaged])
-    own = {key: value for key, value in state.items() if not str(key).startswith("ema_")}
-    if len(own) == len(state):
-        return state, None
-    found = {}
-    for key in own:
-        # mmcv writes no dots into the names of buffers
-        for name in (f"ema_{key}", f"ema_{str(key).replace('.', '_')}"):
-            if name in state:
-                found[key] = state[name]
-    return own or state, ("ema_", {**own, **found}) if found else None
+    # mmcv writes no dots into the names of buffers
+    names = {key: (f"ema_{key}", f"ema_{str(key).replace('.', '_')}") for key in state}
+    found = {key: name for key, both in names.items() for name in both if name in state}
+    own = {key: value for key, value in state.items() if key not in found.values()}
+    return own, ("ema_", own | {key: state[name] for key, name in found.items()}) if found else None
 
 
 def as_tensors(state: Mapping[str, Any], path: str) -> dict[str, Tensor]:
@@ -467,6 +473,9 @@ def identify(state: Mapping[str, Tensor], path: str) -> str:
 def _recipe(kind: str, checkpoint: Mapping[str, Any], state: Mapping[str, Tensor]) -> Recipe:
     if _metadata(checkpoint):
         return Recipe.of_metadata(_metadata(checkpoint))
+    stem = state.get("conv1.weight")
+    if kind == "plain-resnet" and stem is not None and stem.shape[1:2] != (3,):
+        return Recipe(stride_in_1x1=False)
     if kind in ("sge-imagenet", "timm-sge", "plain-resnet") or checkpoint.get("__author__") == "torchvision":
         return IMAGENET
     if kind == "caffe2" and _is_msra(state):

@@ -38,6 +38,8 @@ _MOST_ID = 1 << 53
 _LONGEST_NAME = 4096
 # Boxes are suspected where more than this share of them reach outside their image, of this many at least.
 _SUSPICIOUS_SHARE, _FEWEST_BOXES = 0.5, 4
+# Of COCO's objects, and of those of its kin, a few in a hundred are crowds.
+_MOST_CROWDS = 0.2
 # An area further than this factor above that of its box, or below it by its inverse where there is no mask.
 _AREA_FACTOR = 2.0
 _SHOWN = 3
@@ -281,8 +283,9 @@ class _Reader:
         categories = [self._category(entry) for entry in self._entries("categories", ("id", "name"))]
         sizes = self._unique("images", images, lambda image: (image["height"], image["width"]))
         names = self._unique("categories", categories, lambda category: category["name"])
-        self._number_texts()
+        self._number_anew()
         self._look_at_files(images)
+        self._look_at_names(categories)
         needed = ("id", "image_id", "category_id", "bbox")
         entries = self._entries("annotations", needed) if has_annotations else []
         objects = [self._object(entry, sizes, names) for entry in entries]
@@ -320,14 +323,20 @@ class _Reader:
             raise UserError(f"{self.path}: the ids of {key} are not unique, {twice} is there twice: number them anew")
         return found
 
-    def _number_texts(self) -> None:
-        """Numbers annotations whose ids are texts, such as UUIDs: no training and no metric reads them."""
+    def _number_anew(self) -> None:
+        """Numbers annotations whose ids are texts or huge, such as UUIDs: no training and no metric reads them."""
         entries = [entry for entry in self.whole.get("annotations", []) if isinstance(entry, dict)]
-        texts = sum(isinstance(entry.get("id"), str) for entry in entries)
-        if texts:
+        ids = [entry.get("id") for entry in entries]
+        found = {
+            "texts": sum(isinstance(own, str) for own in ids),
+            f"beyond {_MOST_ID}": sum(type(own) is int and abs(own) > _MOST_ID for own in ids),
+        }
+        if any(found.values()):
             for number, entry in enumerate(entries, 1):
                 entry["id"] = number
-            self.adjusted["annotations were numbered, as their ids are texts"] = texts
+        for what, count in found.items():
+            if count:
+                self.adjusted[f"annotations were numbered, as their ids are {what}"] = count
 
     def _look_at_files(self, images: list[dict]) -> None:
         files = [os.path.normpath(image["file_name"]) for image in images]
@@ -335,6 +344,14 @@ class _Reader:
         twice = [image["id"] for image, file in zip(images, files, strict=True) if names[file] > 1]
         if twice:
             self.told["images share their file with another, whose objects they lack: merge them"] = twice
+
+    def _look_at_names(self, categories: list[dict]) -> None:
+        names = Counter(category["name"] for category in categories)
+        for category in categories:
+            if not category["name"].strip():
+                self._tell("categories have no name: give them one", category["id"])
+            elif names[category["name"]] > 1:
+                self._tell("categories share their name with another, and count as others: merge them", category["id"])
 
     def _whole_number(self, entry: dict, name: str, where: str, least: int, most: int) -> int:
         value = entry[name]
@@ -389,6 +406,8 @@ class _Reader:
         if fault:
             raise UserError(f"{self.path}: {where} has the bbox {_shown(box)}: {fault}")
         crowd = entry.get("iscrowd", 0)
+        if type(crowd) is float and crowd.is_integer():
+            crowd = self._whole_number(entry, "iscrowd", where, 0, 255)
         if type(crowd) not in (int, bool) or not 0 <= crowd <= 255:
             raise UserError(f"{self.path}: {where} has 'iscrowd': {_shown(crowd)}: 0 or 1 is needed")
         if crowd not in (0, 1):
@@ -448,7 +467,16 @@ class _Reader:
             and any(len(polygon) < 6 or len(polygon) % 2 for polygon in entry["segmentation"])
         ]
         if short:
-            self.told["polygons have fewer than three points or an odd number of coordinates, and are left out"] = short
+            self.told[
+                "polygons have fewer than three points or an odd number of coordinates, and are left out, their boxes "
+                "too where no other polygon is there: draw them anew, or make the segmentation an empty list"
+            ] = short
+        crowds = [entry["id"] for entry in objects if entry["iscrowd"]]
+        if len(crowds) > _MOST_CROWDS * len(objects) and len(objects) >= _FEWEST_BOXES:
+            self.told[
+                "a large share of the objects are crowd regions, on which nothing is trained: set 'iscrowd' to 0 where "
+                "they are single objects (CVAT, for one, writes 1 for each mask)"
+            ] = crowds
         with_objects = {entry["image_id"] for entry in objects if not entry["iscrowd"]}
         with_any = {entry["image_id"] for entry in objects}
         number = len(content["images"])
@@ -513,10 +541,10 @@ def mask_fault(segmentation: Any, size: Sequence[int]) -> str | None:
 def _polygons_fault(polygons: list, bound: float) -> str | None:
     for polygon in polygons:
         if not isinstance(polygon, list):
-            return "its mask is a list, but not of polygons [x, y, x, y, ...]"
+            return "its mask is a list, but not of polygons: write [[x, y, x, y, ...]], a list for each of them"
         for value in polygon:
             if not is_number(value):
-                return f"a polygon has the coordinate {_shown(value)}: finite numbers are needed"
+                return f"a polygon has the coordinate {_shown(value)}: finite numbers are needed, x, y, x, y, ..."
             if not -bound <= value <= bound:
                 return f"a polygon reaches to {_shown(value)}, more than {_MOST_SIDES} times its image's size away"
     return None

@@ -83,7 +83,9 @@ def register_dataset(name: str, json_file: str, image_root: str) -> Annotations:
     for note in annotations.notes:
         logger.info(f"data set {name}: {note}")
     categories = sorted(content["categories"], key=lambda category: category["id"])
-    MetadataCatalog.get(name).set(thing_classes=[category["name"] for category in categories])
+    names = [category["name"] for category in categories]
+    # what was given, where Detectron2 reads a copy with adjustments
+    MetadataCatalog.get(name).set(thing_classes=names, given_json_file=json_file)
     points = next((category["keypoints"] for category in categories if category.get("keypoints")), None)
     if points:
         MetadataCatalog.get(name).set(keypoint_names=list(points), keypoint_flip_map=_mirrored(points))
@@ -135,8 +137,9 @@ def use_datasets(
 ) -> None:
     """Registers ``--dataset`` triples (name, json, images) and lets ``cfg`` follow them where it was not set by hand.
 
-    Unless ``overrides`` set ``DATASETS.TRAIN`` or ``TEST``, or the config names these data sets itself, those with
-    "train" in their name train (the first one where none says so) and the others test (a lone one does both).
+    Unless the config names these data sets itself, those with "train" in their name train (the first one where none
+    says so) and the others test (a lone one does both). Of ``DATASETS.TRAIN`` and ``TEST``, what ``overrides`` set
+    stays.
     ``NUM_CLASSES`` becomes the number of the data sets' categories. With ``eval_only``, ``DATASETS.TRAIN`` need not be
     there.
 
@@ -146,13 +149,14 @@ def use_datasets(
     found = register_datasets(datasets)
     names = list(found)
     by_hand = set(overrides[::2])
-    if names and not set(names) & {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}:
-        train = tuple(name for name in names if "train" in name) or tuple(names[:1])
-        test = tuple(name for name in names if name not in train) or train
-        if "DATASETS.TRAIN" not in by_hand:
-            cfg.DATASETS.TRAIN = train
-        if "DATASETS.TEST" not in by_hand:
-            cfg.DATASETS.TEST = test
+    left = [key for key in ("TRAIN", "TEST") if f"DATASETS.{key}" not in by_hand]
+    if names and left and not any(set(names) & set(cfg.DATASETS[key]) for key in left):
+        if "TRAIN" in left:
+            # what tests by hand trains only where there is no other
+            others = [name for name in names if "TEST" in left or name not in cfg.DATASETS.TEST] or names
+            cfg.DATASETS.TRAIN = tuple(name for name in others if "train" in name) or tuple(others[:1])
+        if "TEST" in left:
+            cfg.DATASETS.TEST = tuple(name for name in names if name not in cfg.DATASETS.TRAIN) or tuple(names)
         logger.info(f"training on {', '.join(cfg.DATASETS.TRAIN)}, testing on {', '.join(cfg.DATASETS.TEST)}")
     used = (*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST)
     check_datasets(used)

@@ -122,8 +122,6 @@ def _build_own(name: str, channels: int, groups: int) -> nn.Module:
             f"{name} cannot be made for {channels} channels ({_told(error)}): its constructor is called with that "
             "number and nothing else"
         ) from error
-    if not isinstance(layer, nn.Module):
-        raise ValueError(f"{name} makes a {type(layer).__name__}, it must make a torch.nn.Module")
     _try(name, layer, channels)
     return layer
 
@@ -140,8 +138,10 @@ def _own_class(name: str) -> Callable[[int], nn.Module]:
         found = functools.reduce(getattr, path.split("."), found)
     except AttributeError as error:
         raise ValueError(f"{name} cannot be imported: the module {module} has no {path}") from error
-    if not callable(found):
-        raise ValueError(f"{name} is no class, but a {type(found).__name__}")
+    # no other is called: a config is data, and a name in it starts no program
+    if not isinstance(found, type) or not issubclass(found, nn.Module):
+        what = "another class" if isinstance(found, type) else f"a {type(found).__name__}"
+        raise ValueError(f"{name} is no class of torch.nn.Module, but {what}")
     return found
 
 

@@ -66,6 +66,10 @@ AVERAGES = {
     "ema_ before names": lambda r, e: {"state_dict": {**r, **under("ema_", e)}},
     "ema_ and no dots": lambda r, e: {"state_dict": {**r, **mmcv(e)}},
     "teacher. before names": lambda r, e: {"state_dict": {**under("student.", r), **under("teacher.", e)}},
+    "ema-pytorch": lambda r, e: {
+        **{**under("online_model.", r), **under("ema_model.", e)},
+        **{"step": torch.tensor(5), "initted": torch.tensor(True)},
+    },
     "ema. beside model.": lambda r, e: {"state_dict": {**under("model.", r), **under("ema.", e)}},
 }
 
@@ -151,7 +155,7 @@ FILES = {
     "login.pth": (b"\n<!DOCTYPE html><html>Sign in</html>", "it is a web page: fetch the file itself"),
     "pointer.pth": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
     "packed.pth": (gzip.compress(b"x"), "compressed by gzip: unpack it"),
-    "model.safetensors.index.json": (b'{"weight_map": {}}', "it is JSON: name the file that holds the tensors"),
+    "model.safetensors.index.json": (b'{"weight_map": {}}', "several, save one dict of all of theirs with torch.save"),
     "x.gguf": (b"GGUF" + bytes(99), "it is GGUF"),
     "x.onnx": (b"\x08\x07\x12\x07pytorch", "it is a model of ONNX"),
     "x.pdparams": (pickle.dumps({"a": np.ones(1)}), "it is of Paddle"),
@@ -161,6 +165,7 @@ FILES = {
     "x.msgpack": (b"\x81\xa6params", "it is of Flax"),
     "x.pth": (b"", "it is empty"),
     "program.pt": (archive("zip", "program/constants.pkl"), "it is a TorchScript program"),
+    "model-00001-of-00002.safetensors": (b"", "one of 2 files that hold the weights together: save one dict"),
     "arrays.bin": (pickle.dumps({"a": np.ones(1)}), "name a pickle of NumPy arrays so that it ends in .pkl"),
 }
 
@@ -354,3 +359,20 @@ def test_counters_and_small_floats_are_no_faults():
     assert unusable("a.weight", torch.ones(2).to(torch.float8_e4m3fn)) is None
     assert unusable("a.weight", torch.ones(2, dtype=torch.float16)) is None
     assert unusable("a.running_var", torch.zeros(2)) is None
+
+
+def test_parameters_of_norms_without_their_statistics_are_no_group_norms(tmp_path, two):
+    torch.save({key: value for key, value in two[0].items() if "running" not in key}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="not their running means and variances: save the whole state_dict"):
+        convert_file(str(tmp_path / "w.pth"), str(tmp_path / "out.pth"))
+
+
+def test_what_takes_other_than_three_channels_has_no_mean_of_three(tmp_path, two):
+    torch.save(two[0] | {"conv1.weight": two[0]["conv1.weight"].sum(1, keepdim=True)}, tmp_path / "w.pth")
+    assert set(read_source(str(tmp_path / "w.pth")).recipe.overrides()) == {"MODEL.RESNETS.STRIDE_IN_1X1"}
+
+
+def test_what_only_looks_averaged_is_not_passed_over(tmp_path, two):
+    torch.save(two[0] | {"ema_decay.table": ONE}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="has no place in Detectron2"):
+        convert_file(str(tmp_path / "w.pth"), str(tmp_path / "out.pth"))

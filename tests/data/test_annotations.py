@@ -271,6 +271,41 @@ def test_what_detectron2_drops_without_a_word_is_told(content, write):
     assert any("have no object" in note for note in found.notes)
 
 
+def test_what_a_copy_no_longer_shows_is_told_of_the_file_that_was_given(content, write, sample, forget):
+    content["annotations"][0]["area"] = None
+    forget("adjusted")
+    path = write(content)
+    register_dataset("adjusted", str(path), str(sample / "train"))
+    assert MetadataCatalog.get("adjusted").json_file != str(path)
+    (finding,) = [finding for finding in examine_dataset("adjusted") if "areas are null" in str(finding)]
+    assert f"in {path} " in str(finding)
+
+
+def test_a_set_of_crowds_is_told(content, write):
+    assert not any("crowd" in warning for warning in read_annotations(write(content)).warnings)
+    for entry in content["annotations"]:
+        entry["iscrowd"] = 1.0
+    (warning,) = [text for text in read_annotations(write(content, "crowds.json")).warnings if "crowd" in text]
+    assert "set 'iscrowd' to 0" in warning and f"({len(content['annotations'])}: ids" in warning
+
+
+def test_categories_that_cannot_be_told_apart_are_told(content, write):
+    content["categories"][1]["name"] = content["categories"][0]["name"]
+    content["categories"].append({"id": 99, "name": " "})
+    warnings = read_annotations(write(content)).warnings
+    ids = [entry["id"] for entry in content["categories"][:2]]
+    assert any("share their name" in text and f"(2: ids {ids[0]}, {ids[1]})" in text for text in warnings)
+    assert any("have no name" in text and "(1: ids 99)" in text for text in warnings)
+
+
+def test_huge_ids_of_annotations_are_numbered(content, write):
+    for number, entry in enumerate(content["annotations"]):
+        entry["id"] = (number + 1) << 100
+    found = read_annotations(write(content))
+    assert [entry["id"] for entry in found.content["annotations"]] == list(range(1, len(content["annotations"]) + 1))
+    assert any("annotations were numbered" in note for note in found.notes)
+
+
 def test_a_test_set_needs_no_annotations(content, write, sample, forget):
     del content["annotations"]
     forget("unannotated")

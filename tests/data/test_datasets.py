@@ -76,6 +76,21 @@ def test_classes_and_sets_follow_the_dataset(sample_datasets):
     assert len(MetadataCatalog.get("tiny_train").thing_classes) == 4
 
 
+@pytest.mark.parametrize(
+    ("by_hand", "train", "test"),
+    [
+        (["TRAIN", "('tiny_train',)"], ["tiny_train"], ["tiny_val"]),
+        (["TRAIN", "('tiny_val',)"], ["tiny_val"], ["tiny_train"]),
+        (["TRAIN", "('tiny_train','tiny_val')"], ["tiny_train", "tiny_val"], ["tiny_train", "tiny_val"]),
+        (["TEST", "('tiny_train',)"], ["tiny_val"], ["tiny_train"]),
+        (["TEST", "('tiny_train','tiny_val')"], ["tiny_train"], ["tiny_train", "tiny_val"]),
+    ],
+)
+def test_where_one_use_is_set_by_hand_the_other_follows(sample_datasets, by_hand, train, test):
+    cfg = setup_config(CONFIG, [f"DATASETS.{by_hand[0]}", by_hand[1]], sample_datasets)
+    assert (list(cfg.DATASETS.TRAIN), list(cfg.DATASETS.TEST)) == (train, test)
+
+
 def test_what_is_set_by_hand_stays(sample_datasets):
     overrides = ["DATASETS.TRAIN", "('tiny_val',)", "DATASETS.TEST", "('tiny_train','tiny_val')"]
     cfg = setup_config(CONFIG, overrides, sample_datasets)

@@ -163,8 +163,8 @@ def test_a_class_of_ones_own_is_an_arm_that_trains(own, sample_datasets, tmp_pat
         ("Halving", r"makes \(2, \d+, 4, 5\) of a map of the shape \(2, \d+, 7, 5\): it must keep the shape"),
         ("Pair", "makes a tuple of a map"),
         ("Failing", "fails on a map of the shape"),
-        ("nothing", "makes a int, it must make a torch.nn.Module"),
-        ("number", "is no class, but a int"),
+        ("nothing", "is no class of torch.nn.Module, but a function"),
+        ("number", "is no class of torch.nn.Module, but a int"),
         ("Gone", "has no Gone"),
         ("elsewhere", "cannot be imported .*No module named"),
     ],
@@ -177,6 +177,12 @@ def test_the_doctor_finds_a_class_that_does_not_fit(own, sample_datasets, name, 
     with pytest.raises(UserError, match=reason) as raised:
         sge_det.rival_attention(cfg.MODEL.SGE.ATTENTION).build(64)
     assert str(raised.value).count("\n") == 0
+
+
+@pytest.mark.parametrize("name", ["sys:exit", "os:system", "builtins:open", "pathlib:Path"])
+def test_what_is_no_layer_is_not_called(name):
+    with pytest.raises(UserError, match="is no class of torch"):
+        sge_det.rival_attention(name).build(64)
 
 
 def test_rivals_in_lazy_configs(own, tmp_path):

@@ -34,7 +34,7 @@ def examine_dataset(name: str, *, every_image: bool = False, pixel_range: Sequen
         pixel_range: ``INPUT.PIXEL_RANGE``.
     """
     metadata = MetadataCatalog.get(name)
-    json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
+    json_file, image_root = metadata.get("given_json_file") or metadata.get("json_file"), metadata.get("image_root")
     if metadata.get("evaluator_type", "coco") != "coco":
         return []  # LVIS names its images otherwise, for one
     if not json_file or not image_root or not Path(json_file).is_file() or not Path(image_root).is_dir():
