@@ -16,6 +16,15 @@ from sge_det.engine.training import setup_config
 CONFIG = "sample/faster_rcnn_SGE_R_50_FPN.yaml"
 
 
+@pytest.fixture(autouse=True)
+def _sets_go_with_their_files():
+    before = {*DatasetCatalog.list()}
+    yield
+    for name in {*DatasetCatalog.list()} - before:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
 class Noise(torch.utils.data.Dataset):
     """Examples that show what they were drawn from."""
 
