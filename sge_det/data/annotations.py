@@ -36,10 +36,9 @@ _MOST_SIDES = 100
 _MOST_PIXELS, _MOST_SIDE = 1 << 31, 1 << 20
 _MOST_ID = 1 << 53
 _LONGEST_NAME = 4096
-# Boxes are suspected where more than this share of them reach outside their image, of this many at least.
+# Boxes are suspected where more than this share of them reach outside their image, of this many at least; and crowds,
+# of which COCO and its kin have a few in a hundred objects.
 _SUSPICIOUS_SHARE, _FEWEST_BOXES = 0.5, 4
-# Of COCO's objects, and of those of its kin, a few in a hundred are crowds.
-_MOST_CROWDS = 0.2
 # An area further than this factor above that of its box, or below it by its inverse where there is no mask.
 _AREA_FACTOR = 2.0
 _SHOWN = 3
@@ -472,9 +471,9 @@ class _Reader:
                 "too where no other polygon is there: draw them anew, or make the segmentation an empty list"
             ] = short
         crowds = [entry["id"] for entry in objects if entry["iscrowd"]]
-        if len(crowds) > _MOST_CROWDS * len(objects) and len(objects) >= _FEWEST_BOXES:
+        if len(crowds) > _SUSPICIOUS_SHARE * len(objects) and len(objects) >= _FEWEST_BOXES:
             self.told[
-                "a large share of the objects are crowd regions, on which nothing is trained: set 'iscrowd' to 0 where "
+                "most of the objects are crowd regions, on which nothing is trained: set 'iscrowd' to 0 where "
                 "they are single objects (CVAT, for one, writes 1 for each mask)"
             ] = crowds
         with_objects = {entry["image_id"] for entry in objects if not entry["iscrowd"]}
