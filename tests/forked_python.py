@@ -151,7 +151,15 @@ def run(command, *, timeout, **how):
 SUBPROCESS = types.SimpleNamespace(Popen=start, PIPE=subprocess.PIPE, DEVNULL=subprocess.DEVNULL)
 
 
-# ---- the server
+def leave(code: int) -> None:
+    """Ends a forked process as an interpreter ends; does not return."""
+    with contextlib.suppress(Exception):
+        threading._shutdown()
+        atexit._run_exitfuncs()
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def _serve(path: str) -> None:
@@ -244,13 +252,7 @@ def _to_the_end(function: Callable[[], None]) -> None:
         if isinstance(error, KeyboardInterrupt):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
-    with contextlib.suppress(Exception):
-        threading._shutdown()
-        atexit._run_exitfuncs()
-    with contextlib.suppress(Exception):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)
+    leave(code)
 
 
 def _fork_what_will_be_spawned(count: int) -> None:

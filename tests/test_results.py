@@ -101,6 +101,11 @@ def test_the_planned_comparison_is_that_of_the_raw_figures():
         assert f"| {title} | {' | '.join(map(str, cells))} |" in PAGE
     for name, of_arm in values.items():
         assert f"| {name} | {' | '.join(f'{value:.2f}' for value in (*of_arm, np.mean(of_arm)))} |" in PAGE
+    gains, constants = (np.subtract(values[arm], values["plain"]) for arm in ("sge", "sge-constant"))
+    leads = f"in {(gains > 0).sum()} of {len(gains)} seeds, the learnt constant in {(constants > 0).sum()}"
+    assert f"{leads}, by {gains.mean():.2f} and {constants.mean():.2f} points" in PAGE
+    both = first["differences"]["sge"]["bbox"]["AP"]["intervals"]["both"]
+    assert f"images {shown((both['low'], both['high']))} for SGE" in PAGE
 
 
 def test_the_archive_holds_the_runs_of_the_kept_seeds(tmp_path):

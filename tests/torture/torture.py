@@ -24,7 +24,6 @@ the end; "SIGKILL" sends the signal. What is done from files that are the same, 
 """
 
 import argparse
-import atexit
 import contextlib
 import ctypes
 import hashlib
@@ -39,7 +38,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections import Counter as Tally
@@ -47,12 +45,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 import matplotlib.figure  # noqa: F401  imported by the tools when they need it
 import torch
 import torch.utils.tensorboard
 from detectron2.modeling.backbone import ResNet
 from faulty_files import Counter, Disk, Faults, read_record
+from forked_python import leave
 from PIL import Image
 from safetensors import safe_open
 
@@ -187,13 +187,7 @@ def to_the_end(main: Callable, arguments: list[str]) -> None:
     except BaseException:
         traceback.print_exc()
         code = 1
-    with contextlib.suppress(Exception):
-        threading._shutdown()
-        atexit._run_exitfuncs()
-    with contextlib.suppress(Exception):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)
+    leave(code)
 
 
 class Forked:
