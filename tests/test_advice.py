@@ -253,7 +253,7 @@ ANNOTATIONS = {
     ),
     "a folder too many": (
         first("images", file_name="c/a.png"),
-        "or take the folder out of file_name",
+        "or take c/ out of file_name",
         first("images", file_name="a.png"),
     ),
     "capitals": (first("images", file_name="A.png"), "rename one of them", first("images", file_name="a.png")),

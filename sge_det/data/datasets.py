@@ -58,7 +58,7 @@ def register_dataset(name: str, json_file: str, image_root: str) -> Annotations:
     Args:
         name: its name in ``DATASETS.TRAIN`` and ``DATASETS.TEST``. A name that exists is taken over.
         json_file: COCO instance annotations.
-        image_root: the folder to which the file names in ``json_file`` are relative.
+        image_root: the folder to which those file names in ``json_file`` that are not absolute are relative.
 
     Returns:
         what ``json_file`` holds that counts.
@@ -103,6 +103,21 @@ def missing_images(images: Sequence[dict], image_root: str) -> list[str]:
     return [image["file_name"] for image in images if not Path(image_root, image["file_name"]).is_file()]
 
 
+def outside_images(images: Sequence[dict], image_root: str) -> list[str]:
+    """The file names of those of COCO's ``images`` that lead out of ``image_root``, by themselves and not by a link."""
+    root = Path(image_root)
+
+    def is_outside(name: str) -> bool:
+        if not name.startswith("/") and ".." not in name:
+            return False
+        path = root / name
+        if ".." not in path.parts and path.absolute().is_relative_to(root.absolute()):
+            return False
+        return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+
+    return [image["file_name"] for image in images if is_outside(image["file_name"])]
+
+
 def missing_hint(name: str, image_root: str) -> str:
     """Why an image may be missing, behind a colon; "" where nothing tells."""
     path, root = Path(image_root, name), Path(image_root)
@@ -115,8 +130,11 @@ def missing_hint(name: str, image_root: str) -> str:
         return ": it is a folder"
     if "\\" in name:
         return ": its folders are parted by \\; write / in file_name"
-    if base != name and (root / base).is_file():
-        return f": {base} is there; name the folder above, or take the folder out of file_name"
+    parts = [part for part in name.split("/") if part]
+    end = next((end for place in range(1, len(parts)) if (root / (end := "/".join(parts[place:]))).is_file()), None)
+    if end is not None:
+        rest = name.removesuffix(end)
+        return f": {end} is there; name the folder above, or take {rest[:200]} out of file_name"
     below = next((folder for folder in sorted(root.glob("*/")) if (folder / name).is_file()), None)
     if below is not None:
         return f": it is in {below}; name that folder"

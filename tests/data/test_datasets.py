@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
 from detectron2.data.samplers import TrainingSampler
 
 import sge_det
 from sge_det.data.datasets import register_dataset, register_datasets
 from sge_det.data.loader import ReplayableLoader, build_test_loader, build_train_loader
+from sge_det.engine.doctor.data import examine_dataset
 from sge_det.engine.training import setup_config
 
 CONFIG = "sample/faster_rcnn_SGE_R_50_FPN.yaml"
@@ -248,14 +250,55 @@ def test_a_damaged_image_is_named(sample, tmp_path, workers):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("name", ["/etc/passwd", "../secret.jpg", "a/../../secret.jpg", 5, None, "a\0.jpg", ["a.jpg"]])
-def test_file_names_stay_in_the_image_folder(sample, tmp_path, name):
+@pytest.mark.parametrize("name", [5, None, "", "a\0.jpg", ["a.jpg"]])
+def test_file_names_are_names(sample, tmp_path, name):
     content = json.loads((sample / "annotations/instances_val.json").read_text())
     content["images"][1]["file_name"] = name
     (tmp_path / "a.json").write_text(json.dumps(content))
-    (tmp_path / "secret.jpg").write_bytes(b"")
-    with pytest.raises(sge_det.UserError, match=r"must be relative to the image folder|a name is needed"):
-        register_dataset("outside", str(tmp_path / "a.json"), str(sample / "val"))
+    with pytest.raises(sge_det.UserError, match="a name is needed"):
+        register_dataset("nameless", str(tmp_path / "a.json"), str(sample / "val"))
+
+
+@pytest.mark.parametrize("place", ["inside", "over a link", "outside", "above"])
+def test_file_names_lead_where_detectron2_goes(sample, tmp_path, place):
+    content = json.loads((sample / "annotations/instances_val.json").read_text())
+    root = sample / "val"
+    own = content["images"][1]["file_name"]
+    if place == "over a link":
+        root = tmp_path / "linked"
+        root.symlink_to(sample / "val")
+    elif place in ("outside", "above"):
+        shutil.copy(root / own, tmp_path / "other.jpg")
+        (tmp_path / "images").mkdir()
+        root = tmp_path / "images"
+        shutil.copytree(sample / "val", root, dirs_exist_ok=True)
+    name = {
+        "inside": str(root / own),
+        "over a link": str(sample / "val" / own),
+        "outside": str(tmp_path / "other.jpg"),
+        "above": "../other.jpg",
+    }[place]
+    content["images"][1]["file_name"] = name
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    register_dataset("led", str(tmp_path / "a.json"), str(root))
+    theirs = load_coco_json(str(tmp_path / "a.json"), str(root))
+    assert [entry["file_name"] for entry in DatasetCatalog.get("led")] == [entry["file_name"] for entry in theirs]
+    told = [str(finding) for finding in examine_dataset("led")]
+    is_told = place in ("outside", "above")
+    assert told == is_told * [
+        f"data set led: {tmp_path / 'a.json'} names images outside of {root} (1: {name}); see that they are meant: "
+        "reports show what is there"
+    ]
+
+
+def test_absolute_names_of_another_machine_are_told_with_what_is_here(sample, tmp_path):
+    content = json.loads((sample / "annotations/instances_val.json").read_text())
+    for image in content["images"]:
+        image["file_name"] = f"/home/somebody/sets/val/{image['file_name']}"
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    words = r"val/\w+\.jpg is there; .* or take /home/somebody/sets/ out of file_name"
+    with pytest.raises(sge_det.UserError, match=words):
+        register_dataset("moved", str(tmp_path / "a.json"), str(sample))
 
 
 def test_file_names_may_lead_over_links_and_folders(sample, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 from detectron2.data import MetadataCatalog
 
 from ...data.annotations import read_annotations
-from ...data.datasets import missing_hint, missing_images
+from ...data.datasets import missing_hint, missing_images, outside_images
 from ...data.images import image_faults
 from ...errors import UserError
 from .finding import Finding
@@ -71,6 +71,10 @@ def _dataset_faults(
         )
         faults.append(("error", problem, "put them there, or name the folder that holds them"))
         return faults
+    outside = outside_images(images, image_root)
+    if outside:
+        problem = f"{json_file} names images outside of {image_root} ({len(outside)}: {outside[0][:200]})"
+        faults.append(("warning", problem, "see that they are meant: reports show what is there"))
     damaged = image_faults(images, image_root, most, pixel_range=pixel_range)
     if damaged:
         file, fault = damaged[0]
