@@ -29,6 +29,7 @@ from .checksums import (
     write_sidecar,
 )
 from .safe_load import check_address, load_checkpoint, load_file
+from .strangers import folder_told
 
 logger = logging.getLogger(__name__)
 
@@ -37,18 +38,32 @@ _LONGEST_TAG = 1000
 
 
 def check_weights_exist(cfg: CfgNode) -> None:
-    """Checks that ``MODEL.WEIGHTS`` names a file that is there (URLs are left to Detectron2), or nothing.
+    """:func:`check_weights_path` for ``MODEL.WEIGHTS``."""
+    check_weights_path(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS", "MODEL.WEIGHTS ''")
+
+
+def check_weights_path(path: str, key: str, nothing: str) -> None:
+    """Checks that a config's weights are a file that is there (URLs are left to Detectron2), or none.
+
+    Args:
+        path: of the weights; "" for none.
+        key: of the config that names them.
+        nothing: how it is set to none on the command line.
 
     Raises:
-        UserError: it is not there; says how to get it.
+        UserError: it is not there, or is no file; says how to get it.
     """
-    path = cfg.MODEL.WEIGHTS
     check_address(path)
-    if path and "://" not in path and not os.path.isfile(path):  # names too long for any file are none, too
-        raise UserError(
-            f"MODEL.WEIGHTS {path[:300]} is not there: put the weights there (see 'Weights' in the README), name "
-            "others with MODEL.WEIGHTS FILE, or train from scratch with MODEL.WEIGHTS ''"
-        )
+    if not path or "://" in path or os.path.isfile(path):
+        return
+    if os.path.isdir(path):
+        raise UserError(f"{key} {path} is no file of weights: {folder_told(Path(path))}")
+    if os.path.exists(path):
+        raise UserError(f"{key} {path} is no file of weights: it is a device or a pipe")
+    raise UserError(  # names too long for any file are of none, too
+        f"{key} {path[:300]} is not there: put the weights there (see 'Weights' in the README), name others with "
+        f"{key}, or train from scratch with {nothing}"
+    )
 
 
 def checkpoints(folder: str | Path) -> list[Path]:

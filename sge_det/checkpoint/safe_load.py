@@ -3,7 +3,6 @@
 import json
 import os
 import stat
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from ..errors import UserError
 from ..files import replacing
 from .checksums import KEY, Unreadable, check_file, check_tensors, checksums
 from .pickles import Damaged, Inert, Refused, Stream, check_name
+from .strangers import folder_told, what_file
 from .tensors import DTYPES, check_booleans, count, fits
 from .torch_files import ZIP_MAGIC, is_legacy, load_legacy, load_pickle, load_zip
 
@@ -75,64 +75,13 @@ def load_file(path: str | Path, *, beside: bool = False) -> Any:
     except OSError as error:
         raise Unreadable(f"the weights {path} cannot be read: {error.strerror or error}") from error
     except Damaged as error:
-        raise Unreadable(f"the weights {path} cannot be read: {_what_else(path) or error}") from error
+        raise Unreadable(f"the weights {path} cannot be read: {what_file(path) or error}") from error
     except Exception as error:
         # there is no list of what bytes that are no weights make a parser of zip, JSON, UTF-8 and numbers raise
         first = str(error).strip().split("\n")[0][:200]
         text = first if first.isprintable() else ascii(first)
-        what = _what_else(path) or f"they are damaged ({type(error).__name__}: {text})"
+        what = what_file(path) or f"they are damaged ({type(error).__name__}: {text})"
         raise Unreadable(f"the weights {path} cannot be read: {what}") from error
-
-
-# How files begin, or what their names end in, that are something else than weights of PyTorch.
-_BEGINNINGS = {
-    b"\x89HDF": "it is HDF5, as Keras writes it: save the weights with torch.save under PyTorch's names",
-    b"<": "it is a web page: fetch the file itself",
-    b"version https://git-lfs": "it is a pointer of Git LFS: fetch the file itself with 'git lfs pull'",
-    b"\x1f\x8b": "it is compressed by gzip: unpack it",
-    b"{": "it is JSON: name the file that holds the tensors; where it lists several, save one dict of all of theirs "
-    "with torch.save",
-    b"GGUF": "it is GGUF: take the file that it was made of",
-}
-_ENDINGS = {
-    ".onnx": "it is a model of ONNX: take the weights that it was exported from",
-    ".h5": "it is of Keras: save the weights with torch.save under PyTorch's names",
-    ".pdparams": "it is of Paddle: save the weights with torch.save under PyTorch's names",
-    ".caffemodel": "it is of Caffe: convert it to a pickle of blobs, as Detectron had them",
-    ".msgpack": "it is of Flax: save the weights with torch.save under PyTorch's names",
-    ".npz": "it is an archive of NumPy arrays: save a dict of them with pickle.dump in a file that ends in .pkl",
-}
-_TAR_MAGIC = slice(257, 262)
-
-
-def _what_else(path: Path) -> str:
-    """What a file that is no weights of PyTorch is instead, as far as it tells; "" where it does not."""
-    with open(path, "rb") as file:
-        start = file.read(512)
-    if not start:
-        return "it is empty"
-    if path.suffix == ".safetensors":
-        return ""
-    if start[_TAR_MAGIC] == b"ustar":
-        return "it is a tar archive: unpack it, and name the file in it"
-    if start.startswith(ZIP_MAGIC):
-        return _what_archive(path)
-    found = next((what for begin, what in _BEGINNINGS.items() if start.lstrip(b" \r\n").startswith(begin)), None)
-    return found or _ENDINGS.get(path.suffix, "")
-
-
-def _what_archive(path: Path) -> str:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return ""
-    if any(name.endswith("/constants.pkl") for name in names):
-        return "it is a TorchScript program, not weights: save the state_dict of its module"
-    if names and all(name.endswith(".npy") for name in names):
-        return _ENDINGS[".npz"]
-    is_of_torch = any(name.endswith("data.pkl") for name in names)
-    return "" if is_of_torch else "it is a zip archive: unpack it, and name the file in it"
 
 
 def _size(path: Path) -> int:
@@ -140,8 +89,10 @@ def _size(path: Path) -> int:
         status = path.stat()
     except (OSError, ValueError) as error:
         raise Unreadable(f"there is no weights file {path}") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise Unreadable(f"there is no weights file {path}: {folder_told(path)}")
     if not stat.S_ISREG(status.st_mode):
-        raise Unreadable(f"there is no weights file {path}: it is a folder or a device")
+        raise Unreadable(f"there is no weights file {path}: it is a device or a pipe")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if status.st_size > memory:
         raise Unreadable(f"the weights {path} cannot be read: they are larger than this machine's memory")

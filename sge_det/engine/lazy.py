@@ -28,7 +28,7 @@ from detectron2.utils.events import EventWriter
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from ..checkpoint.checkpointer import Checkpointer, last_checkpoint
+from ..checkpoint.checkpointer import Checkpointer, check_weights_path, last_checkpoint
 from ..config import LOADER_TIMEOUT, load_lazy_config
 from ..data.datasets import check_datasets, class_names, register_datasets, register_sample
 from ..data.loader import EvaluationLoader, map_image, seeded_loader
@@ -141,17 +141,8 @@ def read_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictCon
 
 
 def check_init_checkpoint(cfg: DictConfig) -> None:
-    """Checks that ``train.init_checkpoint`` is there.
-
-    Raises:
-        UserError: it is not.
-    """
-    path = cfg.train.init_checkpoint
-    if path and "://" not in path and not os.path.isfile(path):
-        raise UserError(
-            f"train.init_checkpoint {path:.300} is not there: put the weights there (see 'Weights' in the README), "
-            "name others, or train from scratch with train.init_checkpoint=''"
-        )
+    """:func:`.checkpointer.check_weights_path` for ``train.init_checkpoint``."""
+    check_weights_path(str(cfg.train.init_checkpoint or ""), "train.init_checkpoint", "train.init_checkpoint=''")
 
 
 def use_lazy_datasets(cfg: DictConfig, datasets: Sequence[Sequence[str]], *, eval_only: bool = False) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import TINY
 from foreign_weights import detector, mmdet_state
@@ -28,6 +29,7 @@ from sge_det.checkpoint.checksums import unusable
 from sge_det.checkpoint.pickles import Refused, Stream, Unpickler
 from sge_det.checkpoint.safe_load import load_file
 from sge_det.engine.doctor import diagnose
+from sge_det.engine.lazy import check_init_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +165,23 @@ FILES = {
     "x.zip": (archive("zip"), "it is a zip archive: unpack it"),
     "x.pth.tar": (archive("tar"), "it is a tar archive: unpack it"),
     "x.msgpack": (b"\x81\xa6params", "it is of Flax"),
-    "x.pth": (b"", "it is empty"),
+    "x.pth": (b"", "it is empty: fetch"),
+    "array.npy": (
+        b"\x93NUMPY\1\0" + bytes(99),
+        "it is a single array of NumPy: save a dict of all arrays with pickle.dump",
+    ),
+    "photo.pth": (b"\xff\xd8\xff\xe0\0\x10JFIF", "it is an image or a video"),
+    "scan.pkl": (b"II*\0\x08\0\0\0", "it is an image or a video"),
+    "error.safetensors": (b"\xef\xbb\xbf<html>", "it is a web page: fetch the file itself"),
+    "pointer.safetensors": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
+    "answer.pth": (b"Not Found\n", "it is text ('Not Found'): fetch the file itself"),
+    "answer.pkl": ("Nicht da".encode("utf-16"), "it is text ('Nicht da')"),
+    "table.pth": (b"epoch,ap\n1,2\n", "it is text ('epoch,ap 1,2')"),
+    "config.yaml": (b"MODEL:\n  MASK_ON: True\n", "it is a config, or a program: name its weights"),
+    "cut.pth": (archive("zip")[:60], "it is an archive that is damaged or cut off: fetch or copy it again"),
+    "renamed.pth": (safetensors.torch.save({"a": torch.zeros(2)}), "give it a name that ends in .safetensors"),
+    "zeros.pth": (bytes(600), "it begins with zeros alone"),
+    "packed.pkl": (b"BZh91AY&SY\xff", "compressed by bzip2: unpack it"),
     "program.pt": (archive("zip", "program/constants.pkl"), "it is a TorchScript program"),
     "model-00001-of-00002.safetensors": (b"", "one of 2 files that hold the weights together: save one dict"),
     "arrays.bin": (pickle.dumps({"a": np.ones(1)}), "name a pickle of NumPy arrays so that it ends in .pkl"),
@@ -176,6 +194,57 @@ def test_files_that_are_no_weights_are_refused_by_what_they_are(tmp_path, name):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=re.escape(words)):
         read_source(str(tmp_path / name))
+
+
+def test_an_answer_that_was_kept_as_the_file_is_to_be_removed(tmp_path, monkeypatch):
+    (tmp_path / "w.pth").write_bytes(b"<html>Sign in</html>")
+    for cache, is_kept in ((tmp_path, True), (tmp_path / "elsewhere", False)):
+        monkeypatch.setenv("FVCORE_CACHE", str(cache))
+        with pytest.raises(UserError) as raised:
+            load_file(tmp_path / "w.pth")
+        assert str(raised.value).endswith("and remove this one, which would be taken again") == is_kept
+
+
+def test_a_file_that_names_weights_is_told_with_them(tmp_path):
+    (tmp_path / "model_0000004.pth").touch()
+    (tmp_path / "last_checkpoint").write_text("model_0000004.pth")
+    with pytest.raises(UserError, match=r"it names model_0000004\.pth, which is beside it: name that$"):
+        load_file(tmp_path / "last_checkpoint")
+
+
+def test_texts_that_are_pickles_are_read(tmp_path):
+    (tmp_path / "w.pkl").write_bytes(pickle.dumps({"a": 1.5}, protocol=0))
+    assert load_file(tmp_path / "w.pkl") == {"a": 1.5}
+    (tmp_path / "w.pkl").write_bytes(pickle.dumps({"a": 1.5}, protocol=0)[:-1])
+    with pytest.raises(UserError, match="it ends early"):
+        load_file(tmp_path / "w.pkl")
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (["model_0000004.pth", "model_final.pth", "config.yaml"], "name the file, {}/model_final.pth"),
+        (["model_0000004.pth", "model_0000009.pth", "last_checkpoint"], "name the file, {}/model_0000004.pth"),
+        (["model_0000004.pth", "model_0000009.pth"], "name the file, {}/model_0000009.pth"),
+        (["config.yaml", "model.safetensors"], "name the file, {}/model.safetensors"),
+        (["config.yaml"], "it is a folder without weights: name a file"),
+    ],
+)
+def test_a_folder_is_told_with_the_file_in_it(tmp_path, files, words):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in files:
+        (folder / name).write_text("model_0000004.pth")
+    cfg = get_config("sample/faster_rcnn_SGE_R_50_FPN.yaml", ["MODEL.WEIGHTS", str(folder)])
+    lazy = OmegaConf.create({"train": {"init_checkpoint": str(folder)}})
+    told = re.escape(words.format(folder))
+    for check, key in (
+        (lambda: check_weights_exist(cfg), "MODEL.WEIGHTS"),
+        (lambda: check_init_checkpoint(lazy), "train.init_checkpoint"),
+        (lambda: read_source(str(folder)), "there is no weights file"),
+    ):
+        with pytest.raises(UserError, match=f"^{key} .*: it is a folder.*{told}$" if "{}" in words else told):
+            check()
 
 
 def stranger(monkeypatch, path, content, keywords=None):
