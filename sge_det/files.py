@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -176,20 +177,40 @@ def is_plain_name(path: str) -> bool:
 
 
 def check_folder(path: str | Path, option: str) -> None:
-    """Checks that there is a folder, or that one can be made, before any work.
+    """Checks that there is a folder in which files can be written, or that one can be made, before any work.
+
+    Makes nothing.
 
     Args:
-        option: of the command line that names it.
+        option: of the command line, or key of a config, that names it.
 
     Raises:
-        UserError: a file is in its place, or in that of a folder that it would lie in, or its name is not taken as it
-            is by what writes and reads there.
+        UserError: a file is in its place, or in that of a folder that it would lie in, or nothing can be written there,
+            or its name is not taken as it is by what writes and reads there.
     """
     if not is_plain_name(str(path)):
         raise UserError(f"{option} {str(path)!a}: name a folder without ? and without characters that do not print")
-    taken = next((part for part in (Path(path), *Path(path).parents) if part.exists()), None)
-    if taken is not None and not taken.is_dir():
-        raise UserError(f"{option} {path}: {taken} is a file; name a folder")
+    try:
+        there = next(part for part in (Path(path), *Path(path).parents) if _is_taken(part))
+        if not there.is_dir():
+            raise UserError(f"{option} {path}: {there} is a file; name a folder")
+        with tempfile.TemporaryFile(dir=there):  # which has no name, where the system can
+            pass
+    except OSError as error:
+        raise cannot_write_output(path, error, option) from error
+
+
+def _is_taken(path: Path) -> bool:
+    """Whether anything is there, a link that leads nowhere too.
+
+    Raises:
+        OSError: nobody can be there, or it cannot be seen.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def sync_folder(folder: Path) -> None:
@@ -328,10 +349,10 @@ def cannot_write(path: str | Path, error: OSError) -> UserError:
     return UserError(f"{path} cannot be written: {error.strerror or error}")
 
 
-def cannot_write_output(folder: str | Path, error: OSError) -> UserError:
-    """The sentence for an ``OUTPUT_DIR`` that cannot be written: of its disk, or to name another."""
+def cannot_write_output(folder: str | Path, error: OSError, option: str = "OUTPUT_DIR") -> UserError:
+    """The sentence for a folder of results that cannot be written: of its disk, or to name another."""
     told = cannot_write(folder, error)
-    return told if isinstance(told, Resumable) else UserError(f"OUTPUT_DIR {told}: name another")
+    return told if isinstance(told, Resumable) else UserError(f"{option} {told}: name another")
 
 
 def disk_full(path: str | Path) -> Resumable:

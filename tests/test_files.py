@@ -9,6 +9,7 @@ import pytest
 from sge_det import files
 from sge_det.errors import UserError
 from sge_det.files import (
+    check_folder,
     drop_torn_line,
     publish_file,
     publish_folder,
@@ -210,3 +211,29 @@ def test_a_torn_line_that_cannot_go_is_told(tmp_path):
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="cannot be written: Is a directory"):
         drop_torn_line(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("file", "--output {}/file: {}/file is a file; name a folder"),
+        ("file/below/it", "--output {}/file/below/it: {}/file is a file; name a folder"),
+        ("nowhere", "--output {}/nowhere: {}/nowhere is a file; name a folder"),
+        ("x" * 300, "File name too long: name another"),
+        ("/proc/here", "--output /proc/here cannot be written: "),
+        ("a\nb", "without characters that do not print"),
+    ],
+)
+def test_folders_that_cannot_be_written_are_told_before_any_work(tmp_path, place, words):
+    (tmp_path / "file").touch()
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError) as raised:
+        check_folder(tmp_path / place, "--output")
+    assert words.replace("{}", str(tmp_path)) in str(raised.value)
+
+
+def test_a_folder_that_can_be_made_is_not_made_by_the_look_at_it(tmp_path):
+    (tmp_path / "linked").symlink_to(tmp_path)
+    for place in (tmp_path, tmp_path / "new/inner", tmp_path / "linked/new", tmp_path / "linked"):
+        check_folder(place, "--output")
+    assert [path.name for path in tmp_path.iterdir()] == ["linked"]

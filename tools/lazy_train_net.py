@@ -20,11 +20,14 @@ from sge_det.engine.lazy import (
     train_lazily,
 )
 from sge_det.engine.training import run_tool
+from sge_det.files import check_folder
 
 
 def set_up(args: argparse.Namespace) -> DictConfig:
     with lazy_words():
-        return setup_lazy_config(args.config_file, args.opts, args.dataset, eval_only=args.eval_only)
+        cfg = setup_lazy_config(args.config_file, args.opts, args.dataset, eval_only=args.eval_only)
+    check_folder(cfg.train.output_dir, "train.output_dir")
+    return cfg
 
 
 def run(args: argparse.Namespace) -> dict:

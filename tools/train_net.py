@@ -13,10 +13,13 @@ from detectron2.config import CfgNode
 
 from sge_det.engine.claims import claimed
 from sge_det.engine.training import evaluate, run_tool, setup_config, start_run, train
+from sge_det.files import check_folder
 
 
 def set_up(args: argparse.Namespace) -> CfgNode:
-    return setup_config(args.config_file, args.opts, args.dataset, eval_only=args.eval_only)
+    cfg = setup_config(args.config_file, args.opts, args.dataset, eval_only=args.eval_only)
+    check_folder(cfg.OUTPUT_DIR, "OUTPUT_DIR")
+    return cfg
 
 
 def run(args: argparse.Namespace) -> dict:

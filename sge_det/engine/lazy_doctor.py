@@ -24,6 +24,7 @@ from ..modeling.gates import sge_layers
 from .doctor.build import undisturbed
 from .doctor.data import examine_dataset
 from .doctor.finding import Finding
+from .doctor.run import examine_output
 from .doctor.settings import examine_switches, learning_rate
 from .doctor.weights import contradicted, fitting, read_weights, without_sge
 from .lazy import (
@@ -68,7 +69,7 @@ def diagnose_lazily(
         *_checked("dataloader", lambda: use_lazy_datasets(cfg, datasets, eval_only=eval_only)),
     ]
     unusable = _checked("train", lambda: examine_switches(switches_of(cfg), eval_only=eval_only))
-    findings += unusable
+    findings += unusable or examine_output(switches_of(cfg).OUTPUT_DIR)
     weights_are_there = not any(finding.key == "train.init_checkpoint" for finding in findings)
     for name in dataset_names(cfg, eval_only=eval_only):
         if name in DatasetCatalog:

@@ -354,6 +354,19 @@ def test_resuming_past_the_end(examine, tmp_path):
     assert examine("OUTPUT_DIR", tmp_path / "new", resume=True) == []
 
 
+def test_output_folders_that_cannot_be_written(examine, tmp_path):
+    (tmp_path / "file").touch()
+    for folder, words in (
+        (tmp_path / "file", "file is a file; name a folder"),
+        (tmp_path / "file/run", "file is a file; name a folder"),
+        ("/proc/run", "/proc/run cannot be written"),
+    ):
+        for eval_only in (False, True):
+            only(examine("OUTPUT_DIR", folder, eval_only=eval_only), "error", "OUTPUT_DIR: ", words)
+    assert examine("OUTPUT_DIR", tmp_path / "run") == []
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 # Data
 
 

@@ -61,6 +61,7 @@ def test_a_sound_config_has_no_findings(examine):
         ([*SCRATCH, "model.roi_heads.pooling=7"], "error", ["pooling"]),
         ([*SCRATCH, f"{BOTTOM}.stages.norm=SyncBN"], "warning", [f"{BOTTOM}.stages.norm: SyncBN in one process"]),
         ([*SCRATCH, "train.max_iter=0"], "error", ["train.max_iter: it is 0; set a whole number"]),
+        ([*SCRATCH, "train.output_dir=/dev/null/run"], "error", ["train.output_dir: ", "/dev/null is a file"]),
         ([*SCRATCH, "optimizer.optimizer._target_=torch.optim.Sgd"], "error", ["optimizer"]),
         (
             [*SCRATCH, "dataloader.train.mapper.augmentations.0.max_size=a"],

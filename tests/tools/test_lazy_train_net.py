@@ -1,6 +1,7 @@
 import pytest
 
 FASTER = "lazy/COCO-Detection/faster_rcnn_SGE_R_50_FPN_1x.py"
+NO_DATA = ["dataloader.train.dataset.names=[]", "dataloader.test.dataset.names=[]"]
 
 
 @pytest.mark.parametrize(
@@ -10,6 +11,10 @@ FASTER = "lazy/COCO-Detection/faster_rcnn_SGE_R_50_FPN_1x.py"
         (["--config-file", "lazy/nowhere.py"], "lazy/nowhere.py"),
         (["--config-file", FASTER], "train.init_checkpoint weights/sge_resnet50.pth is not there"),
         (["--config-file", FASTER, "optimizer.lrr=1"], "did you mean optimizer.lr"),
+        (
+            ["--config-file", FASTER, "train.init_checkpoint=''", "train.output_dir=/dev/null/run", *NO_DATA],
+            "train.output_dir /dev/null/run: /dev/null is a file",
+        ),
         (["--config-file", FASTER, "--eval-only", "--overwrite"], "--overwrite is for training"),
     ],
 )

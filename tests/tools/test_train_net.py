@@ -32,6 +32,7 @@ def test_two_processes_train_and_evaluate_on_cpus(run_tool, sample_datasets, tmp
         ([], "--config-file"),
         (["--config-file", "COCO-Detection/faster_rcnn_SGE_R_50_FPN_1x.yaml"], "sge_resnet50.pth"),
         (["--config-file", FASTER, "MODEL.SGE.GROUPS", "7"], "GROUPS: 7 does not divide"),
+        (["--config-file", FASTER, "OUTPUT_DIR", "/dev/null/run"], "OUTPUT_DIR /dev/null/run: /dev/null is a file"),
         (["--config-file", FASTER, "--dataset", "mine", "none.json", "."], "none.json"),
     ],
 )

@@ -16,7 +16,7 @@ from .batch import examine_batch
 from .build import examine_build
 from .data import examine_dataset
 from .finding import Finding, finding_of, tell
-from .run import examine_run
+from .run import examine_output, examine_run
 from .settings import duplicate_keys, examine_settings, examine_switches, missing_weights, unregistered, wrong_groups
 from .values import unusable_values
 from .weights import examine_weights
@@ -57,6 +57,8 @@ def diagnose(
     except UserError as error:
         return [*duplicate_keys(config_file), finding_of(error, "--config-file")]
     findings = examine_settings(cfg, config_file, eval_only=eval_only, own_data=bool(datasets))
+    if not any(finding.key == "OUTPUT_DIR" for finding in findings):
+        findings += examine_output(cfg.OUTPUT_DIR)
     try:
         use_datasets(cfg, datasets, overrides, eval_only=eval_only)
     except UserError as error:

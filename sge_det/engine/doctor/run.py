@@ -1,4 +1,4 @@
-"""What is wrong with running a config in so many processes, or with resuming it."""
+"""What is wrong with running a config in so many processes, where it writes, or with resuming it."""
 
 from dataclasses import replace
 
@@ -8,12 +8,22 @@ from detectron2.config import CfgNode
 from ...checkpoint.checkpointer import checkpoints
 from ...checkpoint.safe_load import load_file
 from ...errors import UserError
+from ...files import check_folder
 from .finding import Finding, finding_of
 
 
 def examine_run(cfg: CfgNode, *, processes: int, resume: bool = False) -> list[Finding]:
     """What is wrong with running ``cfg`` in so many processes, or resuming it."""
     return [*_sync_bn(cfg, processes), *(_resume(cfg) if resume else [])]
+
+
+def examine_output(folder: str) -> list[Finding]:
+    """What is wrong with an ``OUTPUT_DIR``; nothing is made there."""
+    try:
+        check_folder(folder, "OUTPUT_DIR")
+    except UserError as error:
+        return [finding_of(error, "OUTPUT_DIR")]
+    return []
 
 
 def _sync_bn(cfg: CfgNode, processes: int) -> list[Finding]:
