@@ -70,7 +70,22 @@ _ZOO = Path(detectron2.__file__).resolve().parent / "model_zoo" / "configs"
 
 
 def add_sge_config(cfg: CfgNode) -> None:
-    """Adds the ``MODEL.SGE`` keys and our others, with their defaults, to a config."""
+    """Adds the ``MODEL.SGE`` keys and our others, with their defaults, to a config; what it has of them stays."""
+    _add_missing(cfg, _defaults())
+
+
+def _add_missing(cfg: CfgNode, defaults: CfgNode) -> None:
+    for key, value in defaults.items():
+        if key not in cfg:
+            setattr(cfg, key, value)
+        elif isinstance(value, CfgNode) and isinstance(cfg[key], CfgNode):
+            _add_missing(cfg[key], value)
+
+
+def _defaults() -> CfgNode:
+    cfg = CfgNode(
+        {"MODEL": {"ROI_BOX_CASCADE_HEAD": {}, "FPN": {}}, "INPUT": {}, "SOLVER": {"AMP": {}}, "DATALOADER": {}}
+    )
     cfg.MODEL.SGE = _default_options()
     # The weights of the stages' losses in ROI heads of the name WeightedCascadeROIHeads.
     cfg.MODEL.ROI_BOX_CASCADE_HEAD.STAGE_LOSS_WEIGHTS = STAGE_LOSS_WEIGHTS
@@ -97,6 +112,7 @@ def add_sge_config(cfg: CfgNode) -> None:
     cfg.SOLVER.EARLY_STOPPING = CfgNode({"PATIENCE": 0, "MIN_DELTA": 0.0, "METRIC": "bbox/AP"})
     # Who else is told what is logged: "wandb", "mlflow" or "trackio"; "" is nobody.
     cfg.REPORT_TO = ""
+    return cfg
 
 
 def _default_options() -> CfgNode:

@@ -2,7 +2,7 @@ import os
 from pathlib import Path
 
 import pytest
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode, get_cfg
 
 import sge_det
 from sge_det.config import load_config
@@ -102,6 +102,23 @@ def test_add_sge_config_defaults():
     assert options.LR_FACTOR == 1.0
     assert options.WEIGHT_DECAY is None
     assert options.INIT == [0.0, 1.0]
+
+
+def test_add_sge_config_again_adds_what_is_missing_alone():
+    cfg = get_cfg()
+    cfg.MODEL.SGE = CfgNode({"GROUPS": 16})
+    cfg.MODEL.FPN.P7_RELU = False
+    cfg.MODEL_EMA = CfgNode({"ENABLED": True, "USE_WARMUP": True})
+    cfg.SOLVER.AMP.ENABLED = True
+    sge_det.add_sge_config(cfg)
+    assert (cfg.MODEL.SGE.GROUPS, cfg.MODEL.SGE.ENABLED, cfg.MODEL.FPN.P7_RELU) == (16, True, False)
+    assert cfg.MODEL_EMA == {"ENABLED": True, "USE_WARMUP": True, "DECAY": 0.999}
+    assert cfg.SOLVER.AMP == {"ENABLED": True, "PRECISION": "float16"}
+    cfg.merge_from_list(["MODEL.SGE.ENABLED", "False", "SOLVER.OPTIMIZER", "ADAMW", "REPORT_TO", "wandb"])
+    before = cfg.dump()
+    cfg.freeze()
+    sge_det.add_sge_config(cfg)
+    assert cfg.dump() == before
 
 
 def test_get_config_file_is_absolute_or_exists(tmp_path, monkeypatch):
