@@ -53,6 +53,7 @@ _GATES = {"gamma": ("mean", "sd"), "beta": ("mean", "sd"), "gate": ("mean", "sd"
 _POINTED = ("chance", "before", "after", "gate", "after_minus_before", "gate_minus_chance", "gate_ratio")
 # Larger ones no table can show.
 _LARGEST = 1e9
+_ROUNDING = 1e-6
 
 T = TypeVar("T")
 
@@ -99,11 +100,11 @@ def from_json(content: Any) -> Report:
         differences = {name: _from_scores(arms[reference], arms[name]) for name in _object(content["differences"])}
     report = Report(
         reference=reference,
-        seeds=_several(content["seeds"], _whole_number),
+        seeds=_several(content["seeds"], lambda seed: _count("a seed", seed)),
         tasks=tasks,
-        images=_whole_number(content["images"]),
-        confidence=_number(content["confidence"]),
-        bootstrap_samples=_whole_number(content["bootstrap_samples"]) if whole else 0,
+        images=_count("its number of images", content["images"], least=1),
+        confidence=_confidence(content["confidence"]),
+        bootstrap_samples=_count("bootstrap_samples", content["bootstrap_samples"]) if whole else 0,
         question=_question(content["question"]) if whole else DECLARED,
         arms=arms,
         differences=differences,
@@ -149,6 +150,8 @@ def _check(report: Report) -> None:
     """
     if not report.tasks or not set(report.tasks) <= set(TASK_NAMES):
         raise ValueError(f"its tasks are {', '.join(report.tasks) or 'none'}, not of {', '.join(TASK_NAMES)}")
+    if len(set(report.seeds)) != len(report.seeds):
+        raise ValueError("one of its seeds is there twice")
     if not report.seeds or set(report.arms) - {report.reference} != set(report.differences) or not report.differences:
         raise ValueError("its arms, reference, seeds and differences do not belong together")
     for task in report.tasks:
@@ -213,7 +216,7 @@ def _of_values(theirs: Sequence[float], ours: Sequence[float]) -> Difference:
 
 def _score(content: Any) -> Score:
     found = _object(content)
-    return Score(_number(found["mean"]), _number(found["sd"]), _several(found["values"], _number))
+    return Score(_points(found["mean"]), _within("an sd", found["sd"], 0), _several(found["values"], _points))
 
 
 def _difference(content: Any) -> Difference:
@@ -222,18 +225,18 @@ def _difference(content: Any) -> Difference:
     return Difference(
         _number(found["mean"]),
         _several(found["values"], _number),
-        _number(found["seed_correlation"]),
+        _within("a seed_correlation", found["seed_correlation"], -1, 1),
         Intervals(*(_bounds(intervals[name]) for name in ("seeds", "welch", "images", "both"))),
         _several(found["images_by_seed"], _bounds),
-        _number(found["probability_of_improvement"]),
+        _within("a probability_of_improvement", found["probability_of_improvement"], 0, 1),
         _number(found["effect_size"]),
     )
 
 
 def _question(content: Any) -> Question:
     found = _object(content)
-    numbers = (_number(found["margin"]), _flag(found["paired"]), _number(found["difference"]))
-    return Question(_text(found["metric"]), *numbers)
+    margin, difference = (_within(f"the {key}", found[key], 0) for key in ("margin", "difference"))
+    return Question(_text(found["metric"]), margin, _flag(found["paired"]), difference)
 
 
 def _verdict(content: Any) -> Verdict:
@@ -243,7 +246,7 @@ def _verdict(content: Any) -> Verdict:
     return Verdict(
         *(_text(found[key]) for key in ("arm", "task", "metric", "outcome")),
         _flag(found["primary"]),
-        *(_number(found[key]) for key in ("p", "equivalence_p")),
+        *(_within(f"a {key}", found[key], 0, 1) for key in ("p", "equivalence_p")),
         _optional(found["excludes_zero"], _flag),
         _optional(found["power"], _power),
         _text(found["sentence"]),
@@ -254,8 +257,8 @@ def _verdict(content: Any) -> Verdict:
 
 def _power(content: Any) -> Power:
     found = _object(content)
-    more = _optional(found["more_seeds"], _whole_number)
-    return Power(_number(found["difference"]), _number(found["probability"]), more)
+    more = _optional(found["more_seeds"], lambda seeds: _count("more_seeds", seeds))
+    return Power(_number(found["difference"]), _within("the power", found["probability"], 0, 1), more)
 
 
 def _origins(content: Any) -> Origins:
@@ -285,7 +288,8 @@ def _confusion(content: Any) -> Confusion:
     found = _object(content)
     return Confusion(
         *(_text(found[key]) for key in ("category", "taken_for")),
-        *(_number(found[key]) for key in ("reference", "arm", "mean")),
+        *(_points(found[key]) for key in ("reference", "arm")),
+        _number(found["mean"]),
         _several(found["values"], _number),
         _bounds(found["interval"]),
     )
@@ -293,16 +297,15 @@ def _confusion(content: Any) -> Confusion:
 
 def _look(content: Any) -> Look:
     found = _object(content)
-    counts = (_whole_number(found["first"]), _whole_number(found["most"]))
-    looks = Looks(*counts, _number(found["until"]), _flag(found["decide"]))
-    return Look(_whole_number(found["seeds"]), _number(found["level"]), looks)
+    first, most, seeds = (_count(f"the look's {key}", found[key], least=1) for key in ("first", "most", "seeds"))
+    looks = Looks(first, most, _within("the look's until", found["until"], 0), _flag(found["decide"]))
+    return Look(seeds, _within("the look's level", found["level"], 0, 1), looks)
 
 
 def _cost(content: Any) -> Cost:
     found = _object(content)
-    if _whole_number(found["runs"]) < 1:
-        raise ValueError("an arm has the cost of no run")
-    return Cost(_whole_number(found["runs"]), *(_number(found[key]) for key in ("hours", "gpu_hours", "core_hours")))
+    hours = (_within(f"the {key} of an arm", found[key], 0) for key in ("hours", "gpu_hours", "core_hours"))
+    return Cost(_count("the number of an arm's runs", found["runs"], least=1), *hours)
 
 
 def _declared(content: Mapping[str, Any]) -> Declared:
@@ -330,7 +333,12 @@ def _optional(value: Any, part: Callable[[Any], T]) -> T | None:
 
 
 def _bounds(value: Any) -> Bounds | None:
-    return _optional(value, lambda found: Bounds(_number(_object(found)["low"]), _number(found["high"])))
+    if value is None:
+        return None
+    low, high = (_number(_object(value)[key]) for key in ("low", "high"))
+    if low > high:
+        raise ValueError(f"an interval begins at {low} and ends at {high}, below it")
+    return Bounds(low, high)
 
 
 def _number(value: Any) -> float:
@@ -345,6 +353,31 @@ def _number(value: Any) -> float:
 def _whole_number(value: Any) -> int:
     if type(value) is not int:
         raise TypeError(f"{_shown(value)} is no whole number")
+    return value
+
+
+def _within(what: str, value: Any, least: float, most: float = math.inf) -> float:
+    """A number in these bounds, or NaN."""
+    found = _number(value)
+    if found < least or found > most:
+        span = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise ValueError(f"{what} is {_shown(value)}: it must be {span}")
+    return found
+
+
+def _points(value: Any) -> float:
+    """AP points or per cent."""
+    # a mean is rounded
+    return _within("a metric", value, -_ROUNDING, 100 + _ROUNDING)
+
+
+def _count(what: str, value: Any, least: int = 0) -> int:
+    return int(_within(what, _whole_number(value), least))
+
+
+def _confidence(value: Any) -> float:
+    if not 0 < _number(value) < 1:
+        raise ValueError(f"the confidence is {_shown(value)}: it must lie between 0 and 1")
     return value
 
 
@@ -365,7 +398,7 @@ def _gates(content: Any) -> dict[str, Any]:
     found = _raw(_object(content))
     for key, figures in _GATES.items():
         for figure in figures:
-            _number(_object(found[key])[figure])
+            _within(f"the {figure} of a {key}", _object(found[key])[figure], -math.inf if figure == "mean" else 0)
     return found
 
 
@@ -387,7 +420,7 @@ def _played(content: Any) -> dict[str, Any]:
 
 def _pointed(content: Any) -> None:
     found = _object(content)
-    _whole_number(found["images"])
+    _count("the images of the pointing game", found["images"])
     for figure in _POINTED:
         for key in ("mean", "low", "high"):
             _number(_object(found[figure])[key])

@@ -169,6 +169,61 @@ def test_what_no_table_can_show_is_refused_before_anything_is_written(compared, 
     assert not (tmp_path / "out").exists()
 
 
+def put(part, value, *keys):
+    """A copy of a part of a report with another value under ``keys``."""
+    first, *others = keys
+    inner = put(part[first], value, *others) if others else value
+    if isinstance(part, list):
+        return [inner if place == first else own for place, own in enumerate(part)]
+    return dict(part) | {first: inner}
+
+
+AP = (NASTY, "bbox", "AP")
+
+
+@pytest.mark.parametrize(
+    ("value", "keys", "words"),
+    [
+        *(
+            (value, ("confidence",), f"the confidence is {value}: it must lie between 0 and 1")
+            for value in (1.5, 0, -1, 95)
+        ),
+        (None, ("confidence",), "the confidence is None"),
+        (-4, ("images",), "its number of images is -4: it must be at least 1"),
+        (0, ("images",), "its number of images is 0"),
+        (-200, ("bootstrap_samples",), "bootstrap_samples is -200: it must be at least 0"),
+        (-1, ("seeds", 0), "a seed is -1"),
+        (1, ("seeds", 0), "one of its seeds is there twice"),
+        (-0.5, ("question", "margin"), "the margin is -0.5"),
+        (-0.5, ("arms", *AP, "sd"), "an sd is -0.5"),
+        (101, ("arms", *AP, "mean"), "a metric is 101: it must be from"),
+        (-1, ("arms", *AP, "values", 0), "a metric is -1"),
+        (1.5, ("differences", *AP, "seed_correlation"), "a seed_correlation is 1.5: it must be from -1 to 1"),
+        (1.5, ("differences", *AP, "probability_of_improvement"), "a probability_of_improvement is 1.5"),
+        ({"low": 2, "high": 1}, ("differences", *AP, "intervals", "both"), "an interval begins at 2 and ends at 1"),
+        (1.5, ("verdicts", 0, "p"), "a p is 1.5: it must be from 0 to 1"),
+        ({"difference": 1, "probability": 0.5, "more_seeds": -2}, ("verdicts", 0, "power"), "more_seeds is -2"),
+        ({"difference": 1, "probability": 2, "more_seeds": 1}, ("verdicts", 0, "power"), "the power is 2"),
+        ({"plain": {"runs": -3, "hours": 1, "gpu_hours": 1, "core_hours": 1}}, ("cost",), "an arm's runs is -3"),
+        ({"plain": {"runs": 3, "hours": -1, "gpu_hours": 1, "core_hours": 1}}, ("cost",), "the hours of an arm is -1"),
+        ({"first": 3, "most": -5, "until": 0, "decide": True, "seeds": 3, "level": 0.1}, ("look",), "the look's most"),
+        ({NASTY: {"0": {"res2": GATES | {"beta": {"mean": 0, "sd": -1}}}}}, ("gates",), "the sd of a beta is -1"),
+        (
+            {NASTY: {"0": {"bbox": {"res2": {"all": PLAYED | {"images": -3}}}}}},
+            ("pointing",),
+            "the images of the pointing game is -3",
+        ),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_in_a_sentence(compared, tmp_path, value, keys, words):
+    _, folder = compared
+    content = json.loads((folder / "report.json").read_text())
+    (tmp_path / "report.json").write_text(json.dumps(put(content, value, *keys)))
+    with pytest.raises(UserError, match=r"report\.json is no report\.json of measure_gain: ") as told:
+        read_report(tmp_path / "report.json")
+    assert words in str(told.value)
+
+
 def test_what_runs_recorded_is_read_and_shown(compared):
     _, folder = compared
     content = json.loads((folder / "report.json").read_text())
