@@ -191,8 +191,10 @@ def use_datasets(
     number = cfg.MODEL[head].NUM_CLASSES
     if classes and len(classes) != number:
         raise UserError(f"{key} is {number}, but {used[0]} has {len(classes)} categories: set it to that")
-    if cfg.MODEL.KEYPOINT_ON and set(names) & set(used):
-        _use_keypoints(cfg, used[0], by_hand)
+    if cfg.MODEL.KEYPOINT_ON:
+        given = used[:1] if set(names) & set(used) else ()
+        for name in dict.fromkeys((*given, *(() if eval_only else cfg.DATASETS.TRAIN))):
+            _use_keypoints(cfg, name, by_hand, is_given=name in names)
     for name in set(names) & set(used) if cfg.MODEL.MASK_ON else ():
         entries = ((f"annotation {entry['id']} of {name}", entry) for entry in found[name].content["annotations"])
         check_masks(cfg, entries, are_trained=name in cfg.DATASETS.TRAIN and not eval_only)
@@ -203,25 +205,31 @@ def head_section(cfg: CfgNode) -> str:
     return "RETINANET" if cfg.MODEL.META_ARCHITECTURE.endswith("RetinaNet") else "ROI_HEADS"
 
 
-def _use_keypoints(cfg: CfgNode, name: str, by_hand: set[str]) -> None:
-    """Lets ``NUM_KEYPOINTS`` follow the data set ``name`` where it was not set by hand.
+def _use_keypoints(cfg: CfgNode, name: str, by_hand: set[str], *, is_given: bool) -> None:
+    """Lets ``NUM_KEYPOINTS`` follow the data set ``name``, if it is given, where it was not set by hand.
 
     Raises:
         UserError: the data set has no keypoints, or another number of them than was set by hand.
     """
     points = MetadataCatalog.get(name).get("keypoint_names")
     if not points:
+        lacking = f"no category of {name} lists its keypoints" if is_given else f"{name} has no keypoint_names"
+        remedy = (
+            "give the category its list 'keypoints'"
+            if is_given
+            else f"give it them where it is registered, with MetadataCatalog.get({name!r}).set(keypoint_names=..., "
+            "keypoint_flip_map=...)"
+        )
         raise UserError(
-            f"no category of {name} lists its keypoints, and this config is of a keypoint detector: set "
-            "MODEL.KEYPOINT_ON False, or give the category its list 'keypoints'"
+            f"{lacking}, and this config is of a keypoint detector: set MODEL.KEYPOINT_ON False, or {remedy}"
         )
     key = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
-    if key not in by_hand:
+    if key not in by_hand and is_given:
         cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = len(points)
     number = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
     if number != len(points):
         raise UserError(f"{key} is {number}, but {name} has {len(points)} keypoints: set it to that")
-    if not cfg.TEST.KEYPOINT_OKS_SIGMAS and number != 17:
+    if not cfg.TEST.KEYPOINT_OKS_SIGMAS and number != 17 and cfg.DATASETS.TEST:
         raise UserError(
             f"{name} has {number} keypoints, and COCO's metric knows its own 17 alone: set TEST.KEYPOINT_OKS_SIGMAS to "
             f"{number} numbers"

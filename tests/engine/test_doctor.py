@@ -370,6 +370,17 @@ def test_output_folders_that_cannot_be_written(examine, tmp_path):
 # Data
 
 
+def test_keypoints_that_a_set_has_not_are_told_once(examine, registered, tmp_path):
+    keypoints = ("MODEL.KEYPOINT_ON", "True")
+    only(examine(*keypoints), "error", "MODEL.KEYPOINT_ON: no category of tiny_train lists its keypoints")
+    name = registered(lambda content: None, tmp_path)
+    own = (*keypoints, "MODEL.ROI_HEADS.NUM_CLASSES", "4", "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "1")
+    own += ("DATASETS.TRAIN", (name,), "DATASETS.TEST", ())
+    only(examine(*own, datasets=()), "error", f"MODEL.KEYPOINT_ON: {name} has no keypoint_names", "keypoint_flip_map=")
+    MetadataCatalog.get(name).set(keypoint_names=["tip"], keypoint_flip_map=[])
+    assert not any("keypoint_names" in text for _, text in examine(*own, datasets=()))
+
+
 def test_the_number_of_classes(examine):
     found = examine("MODEL.ROI_HEADS.NUM_CLASSES", "80")
     only(found, "error", "MODEL.ROI_HEADS.NUM_CLASSES", "is 80, but tiny_train has 4 categories")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
+from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.data.detection_utils import build_augmentation, convert_PIL_to_numpy
 from detectron2.data.transforms import AugInput
 from PIL import Image
@@ -43,7 +43,7 @@ def examine_build(cfg: CfgNode, overrides: Sequence[str] = (), *, eval_only: boo
         parts += [
             (_build_schedule, ("SOLVER.", "MODEL.SGE."), "the optimizer and its schedule"),
             (lambda cfg: _augment(cfg, is_train=True), ("INPUT.",), "the augmentations"),
-            (lambda cfg: DatasetMapper(cfg, is_train=True), ("INPUT.", "MODEL.", "DATASETS."), "the mapper of images"),
+            (_build_mapper, ("INPUT.", "MODEL.", "DATASETS."), "the mapper of images"),
         ]
     findings = []
     with undisturbed():
@@ -167,6 +167,12 @@ def _augment(cfg: CfgNode, *, is_train: bool) -> None:
         raise UserError(
             f"an image of {_SIZE[1]} x {_SIZE[0]} pixels becomes one of {image.shape[1]} x {image.shape[0]}"
         )
+
+
+def _build_mapper(cfg: CfgNode) -> None:
+    points = [MetadataCatalog.get(name).get("keypoint_names") for name in cfg.DATASETS.TRAIN]
+    # that a set has none is told where data sets are taken in
+    DatasetMapper(cfg if all(points) else _without_data(cfg), is_train=True)
 
 
 def _without_data(cfg: CfgNode) -> CfgNode:
