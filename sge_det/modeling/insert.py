@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..layers.attention import SGE as SGE_NAME
 from ..layers.sge import SpatialGroupEnhance
 from .blocks import exchange_blocks, is_exchangeable, sge_attention
+from .hooks import Hook
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,15 @@ class Insertion:
     channels: int
 
 
-class _Gate:
+class _Hook(Hook):
+    instead = (
+        "SGE that insert_sge has put in stands behind a hook, which cannot be scripted: trace the model "
+        "(torch.jit.trace), export it (torch.export.export), or script its graph, "
+        "torch.jit.script(torch.fx.symbolic_trace(model))"
+    )
+
+
+class _Gate(_Hook):
     """A forward hook that passes a module's output on through an SGE layer; copies and pickles with the model."""
 
     def __init__(self, layer: SpatialGroupEnhance):
@@ -41,7 +50,7 @@ class _Gate:
         return self.layer(output)
 
 
-class _Keeper:
+class _Keeper(_Hook):
     """A hook before a block's forward that sees to it that the block's gate is computed, and once.
 
     Where a conversion has replaced the norm that had the gate, it is put back. ``torch.fx`` does not see the hooks of

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..layers.sge import SpatialGroupEnhance
 from .gates import map_stride
+from .hooks import Hook
 
 
 class Extents:
@@ -55,7 +56,14 @@ def _last(content: Tensor) -> Tensor:
     return torch.where(last > 0, last, length)
 
 
-class _See:
+class _Hook(Hook):
+    instead = (
+        "MODEL.SGE.IGNORE_PADDING works by hooks, which cannot be scripted: set it False, or trace the model "
+        "(torch.jit.trace)"
+    )
+
+
+class _See(_Hook):
     def __init__(self, extents: Extents):
         self.extents = extents
 
@@ -63,7 +71,7 @@ class _See:
         self.extents.see(inputs[0])
 
 
-class _Zero:
+class _Zero(_Hook):
     """Before a convolution: its input with zeros in the padding."""
 
     def __init__(self, extents: Extents):
@@ -81,7 +89,7 @@ class _ZeroAfter(_Zero):
         return output.masked_fill(~self.extents.mask(output), 0)
 
 
-class _Continue:
+class _Continue(_Hook):
     """After the backbone: maps whose last row and column in an image go on into the padding, as RoIAlign goes on."""
 
     def __init__(self, extents: Extents):
@@ -97,7 +105,7 @@ class _Continue:
         return x.gather(2, rows.expand(x.shape)).gather(3, columns.expand(x.shape))
 
 
-class _Exclude:
+class _Exclude(_Hook):
     """After a head over all cells: logits from which no object comes, in the padding; in training they stay."""
 
     def __init__(self, extents: Extents):

@@ -1,5 +1,6 @@
 import copy
 import pickle
+import re
 
 import pytest
 import timm
@@ -191,6 +192,26 @@ def test_graphs_of_torch_fx_have_the_layers_with_their_parameters(name):
     with sge_det.record_gates(graph) as gates:
         run(graph)
     assert len(gates) == MODELS[name][1]
+
+
+def test_a_model_that_cannot_be_scripted_says_what_works():
+    model = MODELS["own"][0]().eval()
+    insert_sge(model, groups=8)
+    randomize_gates(model)
+    expected, x = run(model), torch.randn(2, 3, 64, 64)
+    with pytest.raises(sge_det.UserError) as told:
+        torch.jit.script(model)
+    assert "cannot be scripted" in str(told.value) and "\n" not in str(told.value)
+    named = re.findall(r"torch\.[a-z.]+(?:\(.*\)$)?", str(told.value))
+    assert named == ["torch.jit.trace", "torch.export.export", "torch.jit.script(torch.fx.symbolic_trace(model))"]
+    with torch.no_grad():
+        made = [
+            torch.jit.trace(model, x),
+            torch.export.export(model, (x,)).module(),
+            torch.jit.script(fx.symbolic_trace(model)),
+        ]
+    for other in made:
+        torch.testing.assert_close(run(other), expected)
 
 
 def test_a_trace_that_fails_leaves_the_model_as_it_was():

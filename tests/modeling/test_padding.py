@@ -115,3 +115,10 @@ def test_it_is_done_once_and_survives_copies():
         assert all(torch.equal(a.scores, b.scores) for a, b in zip(found, expected, strict=True))
     model.train()
     assert "extents" not in model.state_dict()
+
+
+def test_what_cannot_be_scripted_says_so():
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1))
+    sge_det.ignore_padding(backbone)
+    with pytest.raises(sge_det.UserError, match=r"IGNORE_PADDING works by hooks, which cannot be scripted: .*trace"):
+        torch.jit.script(backbone)
