@@ -45,7 +45,7 @@ class Check:
         size: of the images, (height, width) in pixels.
         batch: images in it.
         difference: the largest of an output, relative to the largest output where that is above 1; infinite where the
-            shapes differ, as when another number of objects is found.
+            shapes differ, as when another number of objects is found, or where one is no number (NaN).
         detections: objects that were found and compared; None for a backbone and for semantic segmentation.
     """
 
@@ -227,6 +227,8 @@ def _difference(found: Outputs, expected: Outputs) -> float:
             return math.inf
         if tensor.numel():
             difference = (other.double() - tensor.double()).abs().max().item()
+            if not math.isfinite(difference):  # ``max`` passes NaN over
+                return math.inf
             largest = max(largest, difference / max(tensor.double().abs().max().item(), 1.0))
     return largest
 

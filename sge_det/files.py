@@ -300,8 +300,8 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes ``content`` as JSON, NaN as null; otherwise as :func:`write_file`."""
-    write_file(path, json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n")
+    """Writes ``content`` as JSON, NaN and infinity as null; otherwise as :func:`write_file`."""
+    write_file(path, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: Path, remedy: str, tables: Sequence[str] = ()) -> dict[str, Any]:
@@ -330,12 +330,12 @@ def read_json(path: Path, remedy: str, tables: Sequence[str] = ()) -> dict[str, 
     return content
 
 
-def _without_nan(content: Any) -> Any:
+def _finite(content: Any) -> Any:
     if isinstance(content, dict):
-        return {key: _without_nan(value) for key, value in content.items()}
+        return {key: _finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_without_nan(value) for value in content]
-    return None if isinstance(content, float) and math.isnan(content) else content
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def cannot_write(path: str | Path, error: OSError) -> UserError:

@@ -167,6 +167,20 @@ def test_a_difference_is_none_that_holds():
         assert not export.holds and "DIFFERS" in report([export])
 
 
+@pytest.mark.parametrize("wrong", [lambda x: x[1:], lambda x: x * float("nan")], ids=["fewer", "no numbers"])
+def test_outputs_that_cannot_be_compared_are_told(wrong, tmp_path, monkeypatch):
+    model = Whole(build("retinanet").backbone)
+
+    def make(backbone, x, divisor):
+        return b"graph", lambda content: lambda x: [wrong(feature) for feature in backbone(x)]
+
+    monkeypatch.setattr(sge_det.export, "_traced_backbone", make)
+    exports = export_model(model, tmp_path, "torchscript", sizes=SIZES[:1])
+    assert exports[1].difference == float("inf") and not exports[1].holds and "DIFFERS" in report(exports)
+    backbone = json.loads((tmp_path / "export.json").read_text())[1]
+    assert backbone["checks"][0]["difference"] is None and backbone["holds"] is False
+
+
 def test_a_wrong_model_is_noticed(tmp_path, monkeypatch):
     """A backbone whose size is fixed in the trace, as one that takes a Python number from a shape."""
     model = build("faster_rcnn")

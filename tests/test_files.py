@@ -151,8 +151,8 @@ def test_names_as_long_as_a_disk_allows(tmp_path):
 
 
 def test_json_and_removal(tmp_path):
-    write_json(tmp_path / "a.json", {"a": float("nan"), "b": [1, (2.5,)]})
-    assert (tmp_path / "a.json").read_text() == '{\n "a": null,\n "b": [\n  1,\n  [\n   2.5\n  ]\n ]\n}\n'
+    write_json(tmp_path / "a.json", {"a": float("nan"), "b": [1, (2.5, float("-inf"))]})
+    assert (tmp_path / "a.json").read_text() == '{\n "a": null,\n "b": [\n  1,\n  [\n   2.5,\n   null\n  ]\n ]\n}\n'
     remove_file(tmp_path / "a.json")
     remove_file(tmp_path / "a.json")
     remove_file(tmp_path / "no folder/a.json")

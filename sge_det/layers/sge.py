@@ -49,8 +49,8 @@ class SpatialGroupEnhance(nn.Module):
 
     def __init__(self, groups: int = 64, eps: float = 1e-5, kernel: str = "eager", normalize: bool = True):
         super().__init__()
-        if groups < 1:
-            raise ValueError(f"groups must be at least 1, got {groups}")
+        if not isinstance(groups, int) or groups < 1:
+            raise ValueError(f"groups must be a whole number of at least 1, got {groups!r:.100}")
         if kernel not in kernels.KERNELS:
             raise ValueError(f"the kernel {kernel!r} is not one of {', '.join(kernels.KERNELS)}")
         self.kernel = kernel

@@ -82,7 +82,8 @@ def _block_forward(
     x: Tensor, shortcut: Tensor | None, out: Tensor, gamma: Tensor, beta: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = x.to(gamma.dtype)
-    g = wide.mean(-1, keepdim=True)
+    # of a map without positions 0, where a mean would be 0 / 0
+    g = wide.mean(-1, keepdim=True) if x.shape[-1] else wide.sum(-1, keepdim=True)
     scale = g.abs().amax(-2, keepdim=True).clamp_(min=1).reciprocal_()
     gate = _centred_similarity(wide, g, scale)
     std = torch.linalg.vector_norm(gate, dim=-1, keepdim=True).mul_(max(x.shape[-1] - 1, 1) ** -0.5)

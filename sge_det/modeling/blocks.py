@@ -73,8 +73,8 @@ def _build_sge(
     constant: bool,
     normalize: bool,
 ) -> SpatialGroupEnhance:
-    if groups < 1 or channels % groups:
-        raise UserError(f"{groups} groups do not divide the block's {channels} channels: give a divisor of them")
+    if not isinstance(groups, int) or groups < 1 or channels % groups:
+        raise UserError(f"{groups!r:.100} groups do not divide the block's {channels} channels: give a divisor of them")
     layer = SpatialGroupEnhance(groups, kernel=kernel, normalize=normalize)
     start_sge(layer, init)
     layer.weight.requires_grad_(not constant)

@@ -2,8 +2,9 @@
 
 Detectron2 pads the images of a batch with zeros to one size. Behind the first norm the padding is no longer zero, so
 that what is found near an image's border, and with SGE the gates of the whole image, depend on the batch. Here the
-padding is zero before every convolution, as it is at the border of an image that is alone; gates come from an image's
-own pixels; RoIs pool from maps whose border is continued; and no object is proposed from cells in the padding.
+padding is zero before every convolution, as it is at the border of an image that is alone; gates and GroupNorm's
+statistics come from an image's own pixels; RoIs pool from maps whose border is continued; and no object is proposed
+from cells in the padding.
 """
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 from ..layers.sge import SpatialGroupEnhance
 from .gates import map_stride
 from .hooks import Hook
+
+# A box delta by which a width and height are multiplied by 0, its exponential; finite, as Detectron2's boxes must be.
+_EMPTY = -1e4
 
 
 class Extents:
@@ -106,7 +110,11 @@ class _Continue(_Hook):
 
 
 class _Exclude(_Hook):
-    """After a head over all cells: logits from which no object comes, in the padding; in training they stay."""
+    """After a head over all cells: in the padding, logits and boxes of which no object comes; in training they stay.
+
+    The boxes are empty ones: Detectron2 leaves out infinite logits on a branch that a trace of an image without padding
+    has not, empty boxes always.
+    """
 
     def __init__(self, extents: Extents):
         self.extents = extents
@@ -114,8 +122,11 @@ class _Exclude(_Hook):
     def __call__(self, module: nn.Module, inputs: tuple, outputs: tuple) -> tuple:
         if module.training:
             return outputs
-        logits, deltas = outputs
-        return [x.masked_fill(~self.extents.mask(x), -torch.inf) for x in logits], deltas
+        logits, deltas, *others = outputs
+        return self._filled(logits, -torch.inf), self._filled(deltas, _EMPTY), *others
+
+    def _filled(self, maps: list[Tensor], value: float) -> list[Tensor]:
+        return [x.masked_fill(~self.extents.mask(x), value) for x in maps]
 
 
 class OwnPixelsSGE(SpatialGroupEnhance):
@@ -157,6 +168,28 @@ class OwnPixelsSGE(SpatialGroupEnhance):
         return y if shortcut is None else torch.relu(y + shortcut)
 
 
+class OwnPixelsGroupNorm(nn.GroupNorm):
+    """GroupNorm with the statistics of an image's own cells.
+
+    Attributes:
+        extents: of the batch at hand; set by :func:`ignore_padding`.
+    """
+
+    extents: Extents
+
+    def forward(self, x: Tensor) -> Tensor:
+        compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+        mask = self.extents.mask(x).to(compute).unsqueeze(1)
+        vectors = x.to(compute).unflatten(1, (self.num_groups, -1))
+        count = mask.sum((2, 3, 4), keepdim=True) * (x.shape[1] // self.num_groups)
+        centred = vectors - (vectors * mask).sum((2, 3, 4), keepdim=True) / count
+        variance = (centred * mask).square().sum((2, 3, 4), keepdim=True) / count
+        y = (centred * (variance + self.eps).rsqrt()).reshape_as(x)
+        if self.affine:
+            y = y * self.weight[:, None, None].to(compute) + self.bias[:, None, None].to(compute)
+        return y.to(x.dtype)
+
+
 def ignore_padding(model: nn.Module) -> None:
     """Makes a Detectron2 detector, or a backbone alone, compute nothing from the padding of a batch; in place.
 
@@ -166,7 +199,7 @@ def ignore_padding(model: nn.Module) -> None:
     Detectron2's own ``build_model``, call it for the heads.
 
     Args:
-        model: ``GeneralizedRCNN`` or ``RetinaNet`` and their kind, or a ``Backbone``.
+        model: ``GeneralizedRCNN``, or ``RetinaNet``, ``FCOS`` and their kind, or a ``Backbone``.
     """
     backbone = getattr(model, "backbone", model)
     if not hasattr(backbone, "extents"):
@@ -181,6 +214,7 @@ def ignore_padding(model: nn.Module) -> None:
     ):
         if head is not None:
             _zero_before_convolutions(head, model.extents)
+            _norm_own_pixels(head, model.extents)
             head.register_forward_hook(_Exclude(model.extents))
 
 
@@ -194,9 +228,16 @@ def _ignore_in_backbone(backbone: nn.Module) -> Extents:
                     part.register_forward_hook(_ZeroAfter(extents))
         if isinstance(module, SpatialGroupEnhance):
             module.__class__, module.extents = OwnPixelsSGE, extents
+    _norm_own_pixels(backbone, extents)
     backbone.register_forward_pre_hook(_See(extents))
     backbone.register_forward_hook(_Continue(extents))
     return extents
+
+
+def _norm_own_pixels(model: nn.Module, extents: Extents) -> None:
+    for module in model.modules():
+        if type(module) is nn.GroupNorm:
+            module.__class__, module.extents = OwnPixelsGroupNorm, extents
 
 
 def _zero_before_convolutions(model: nn.Module, extents: Extents) -> None:

@@ -226,6 +226,16 @@ def test_empty_batch(path, channels_last):
     assert layer.weight.grad.tolist() == layer.bias.grad.tolist() == [[[[0.0]], [[0.0]]]]
 
 
+@pytest.mark.parametrize("size", [(0, 3), (3, 0)])
+def test_a_map_without_positions_leaves_finite_gradients(path, size):
+    layer = make_layer(2, dtype=torch.float32)
+    x = torch.empty(2, 4, *size, requires_grad=True)
+    y = layer.residual(x, layer(x))
+    y.sum().backward()
+    assert y.shape == x.grad.shape == x.shape
+    assert layer.weight.grad.tolist() == layer.bias.grad.tolist() == [[[[0.0]], [[0.0]]]]
+
+
 def test_one_position_is_gated_by_the_bias(path):
     layer = make_layer(2, dtype=torch.float32)
     # so large that g . x and g . g, which are equal, differ by far more than eps after rounding
@@ -369,8 +379,9 @@ def test_errors_name_the_numbers():
         layer(torch.zeros(8, 2, 2))
     with pytest.raises(ValueError, match=r"\[1, 8, 2, 3\].*\[1, 8, 2, 2\]"):
         layer.residual(torch.zeros(1, 8, 2, 2), torch.zeros(1, 8, 2, 3))
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        SpatialGroupEnhance(0)
+    for groups in (0, 4.0, "4"):
+        with pytest.raises(ValueError, match=f"a whole number of at least 1, got {groups!r}"):
+            SpatialGroupEnhance(groups)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from detectron2 import model_zoo
+from detectron2.config import instantiate
+from detectron2.layers import ShapeSpec
 from sge_formula import reference
 from torch import nn
 
@@ -20,7 +23,10 @@ KINDS = ("faster_rcnn", "mask_rcnn", "cascade_rcnn", "retinanet")
 
 def build(kind, *overrides):
     cfg = sge_det.get_config(f"sample/{kind}_SGE_R_50_FPN.yaml", [*TINY, "MODEL.WEIGHTS", "", *overrides])
-    model = build_seeded_model(cfg).eval()
+    return start(build_seeded_model(cfg).eval())
+
+
+def start(model):
     generator = torch.Generator().manual_seed(1)
     for name, module in model.named_modules():
         if isinstance(module, sge_det.SpatialGroupEnhance):
@@ -102,6 +108,33 @@ def test_nothing_changes_for_an_image_without_padding():
     inputs = images()[:1]  # whose sides are multiples of 32
     for one, other in zip(detections(model, inputs), detections(plain, inputs), strict=True):
         torch.testing.assert_close(one.pred_boxes.tensor, other.pred_boxes.tensor, rtol=1e-4, atol=1e-3)
+
+
+def test_detections_with_group_norms_and_a_head_of_three_outputs():
+    cfg = model_zoo.get_config("COCO-Detection/fcos_R_50_FPN_1x.py").model
+    cfg.backbone.bottom_up.stages = {"_target_": sge_det.make_sge_stages, "depth": 18, "groups": 4, "norm": "GN"}
+    cfg.backbone.norm = "GN"
+    cfg.backbone.out_channels = cfg.backbone.top_block.in_channels = 64
+    cfg.head.input_shape, cfg.head.conv_dims = [ShapeSpec(channels=64)] * 5, [64]
+    cfg.test_score_thresh = 0.0
+    torch.manual_seed(0)
+    model = start(instantiate(cfg)).eval()
+    sge_det.ignore_padding(model)
+    assert largest_difference(model) < 2e-3
+
+
+def test_nothing_is_proposed_in_the_padding_by_a_trace_either(monkeypatch):
+    model = build("faster_rcnn", "MODEL.SGE.IGNORE_PADDING", "True", "MODEL.RPN.POST_NMS_TOPK_TEST", "1000")
+
+    def propose():
+        images = model.preprocess_image([{"image": torch.full((3, 8, 9), 128.0)}])
+        with torch.no_grad():
+            return model.proposal_generator(images, model.backbone(images.tensor), None)[0][0].proposal_boxes.tensor
+
+    expected = propose()
+    # a trace of an image without padding lacks the branch that leaves infinite logits out
+    monkeypatch.setattr(torch, "isfinite", lambda x: torch.ones_like(x, dtype=torch.bool))
+    torch.testing.assert_close(propose(), expected)
 
 
 def test_it_is_done_once_and_survives_copies():
