@@ -361,6 +361,8 @@ def test_default_stages_by_the_classs_name_and_from_a_lazy_config(tmp_path):
         ({"block_class": "sge_det.NoBlock"}, "NoBlock"),
         ({"stages": ["res1"]}, "res1"),
         ({"groups": 48}, "48 groups do not divide"),
+        ({"groups": "16"}, "'16' groups do not divide"),
+        ({"groups": 16.0}, "16.0 groups do not divide"),
     ):
         with pytest.raises(sge_det.UserError, match=reason):
             sge_det.make_sge_stages(**{"depth": 18, "norm": "BN", **arguments})
