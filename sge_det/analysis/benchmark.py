@@ -7,6 +7,7 @@ and the ratios of their medians are the result.
 import ctypes
 import functools
 import json
+import random
 import statistics
 import sys
 import tempfile
@@ -170,12 +171,13 @@ def peak_bytes(function: Callable[[], object]) -> int:
 def interleaved_times(functions: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Calls each function once a round, after an unrecorded round; each returns the seconds that it took.
 
-    The order turns by one from round to round, so that no contestant always follows the same other.
+    Each round has an order of its own, the same in each run of the program: a contestant finds in the cache what the
+    one before it has left there, and must not always follow the same other.
     """
-    names = list(functions)
-    times = {name: [] for name in names}
+    order = random.Random(0)
+    times = {name: [] for name in functions}
     for index in range(rounds + 1):
-        for name in names[index % len(names) :] + names[: index % len(names)]:
+        for name in order.sample(list(functions), len(functions)):
             seconds = functions[name]()
             if index:
                 times[name].append(seconds)

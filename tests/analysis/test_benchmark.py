@@ -1,4 +1,6 @@
+import collections
 import csv
+import itertools
 import json
 
 import pytest
@@ -56,9 +58,13 @@ def test_times_are_taken_in_turn():
 
         return run
 
-    times = benchmark.interleaved_times({"a": contestant("a", 1.0), "b": contestant("b", 3.0)}, rounds=2)
-    assert order == ["a", "b", "b", "a", "a", "b"]
-    assert times == {"a": [1.0, 1.0], "b": [3.0, 3.0]}
+    names = ["a", "b", "c"]
+    contestants = {name: contestant(name, index) for index, name in enumerate(names)}
+    times = benchmark.interleaved_times(contestants, rounds=59)
+    assert all(sorted(order[first : first + 3]) == names for first in range(0, 3 * 60, 3))
+    followed = collections.Counter(itertools.pairwise(order))
+    assert all(followed[pair] >= 15 for pair in itertools.permutations(names, 2))
+    assert times == {"a": [0] * 59, "b": [1] * 59, "c": [2] * 59}
     assert benchmark.summary([0.001, 0.002, 0.003]) == {"median_ms": 2.0, "quartiles_ms": [1.5, 2.5]}
 
 
