@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import runpy
 import tarfile
 
 import numpy as np
@@ -102,10 +103,47 @@ def test_the_planned_comparison_is_that_of_the_raw_figures():
     for name, of_arm in values.items():
         assert f"| {name} | {' | '.join(f'{value:.2f}' for value in (*of_arm, np.mean(of_arm)))} |" in PAGE
     gains, constants = (np.subtract(values[arm], values["plain"]) for arm in ("sge", "sge-constant"))
+    prose = " ".join(PAGE.split())
     leads = f"in {(gains > 0).sum()} of {len(gains)} seeds, the learnt constant in {(constants > 0).sum()}"
-    assert f"{leads}, by {gains.mean():.2f} and {constants.mean():.2f} points" in PAGE
+    assert (
+        f"SGE leads plain {leads}: on average they are {gains.mean():+.2f} and {constants.mean():+.2f} points from plain"
+        in prose
+    )
+    low, high = ttest_1samp(gains[:5], 0).confidence_interval(0.95)
+    assert (
+        f"SGE ahead by {gains[:5].mean():.2f}, the last three have it behind by {-gains[5:].mean():.2f}; a page of "
+        f"five seeds would have told another story ({shown((low, high))})" in prose
+    )
+    assert ttest_1samp(gains, 0).confidence_interval(0.95)[1] < 1, "a whole point is beyond the interval"
     both = first["differences"]["sge"]["bbox"]["AP"]["intervals"]["both"]
     assert f"images {shown((both['low'], both['high']))} for SGE" in PAGE
+
+
+def test_the_picture_is_drawn_from_the_reports(tmp_path, monkeypatch):
+    folder = ROOT / "docs/results"
+    drawing = runpy.run_path(str(folder / "planned.py"))
+    reports = f"{folder / 'constant.json'},{folder / 'kept.json'}"
+    assert len(drawing["box_ap"](reports)["sge"]) == 8
+    monkeypatch.setattr("sys.argv", ["planned.py", str(tmp_path / "planned.png"), f"blood cells={reports}"])
+    drawing["main"]()
+    assert (tmp_path / "planned.png").stat().st_size > 10_000
+
+
+def test_what_is_said_of_the_kept_seeds_gates_is_in_their_report():
+    kept = read("kept")
+    runs = kept["gates"]["sge"]
+    spreads = {seed: [stage["gate"]["spatial_sd"] for stage in stages.values()] for seed, stages in runs.items()}
+    ratios = [
+        stage["all"]["gate_ratio"]["mean"] for run in kept["pointing"]["sge"].values() for stage in run["bbox"].values()
+    ]
+    gains = kept["differences"]["sge"]["bbox"]["AP"]["values"]
+    means = [np.mean(spreads[str(seed)]) for seed in kept["seeds"]]
+    assert set(np.argsort(means)[-2:]) == set(np.argsort(gains)[:2]), "the two whose gates move most lost most"
+    flat = np.concatenate(list(spreads.values()))
+    prose = " ".join(PAGE.split())
+    assert f"spread is {flat.min():.2f} to {flat.max():.2f} by stage and seed" in prose
+    assert f"as open on objects as beside them ({min(ratios):.3f} to {max(ratios):.3f})" in prose
+    assert f"correlation of spread and gain {np.corrcoef(means, gains)[0, 1]:.2f}" in prose
 
 
 def test_the_archive_holds_the_runs_of_the_kept_seeds(tmp_path):
