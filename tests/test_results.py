@@ -105,10 +105,8 @@ def test_the_planned_comparison_is_that_of_the_raw_figures():
     gains, constants = (np.subtract(values[arm], values["plain"]) for arm in ("sge", "sge-constant"))
     prose = " ".join(PAGE.split())
     leads = f"in {(gains > 0).sum()} of {len(gains)} seeds, the learnt constant in {(constants > 0).sum()}"
-    assert (
-        f"SGE leads plain {leads}: on average they are {gains.mean():+.2f} and {constants.mean():+.2f} points from plain"
-        in prose
-    )
+    means = f"on average they are {gains.mean():+.2f} and {constants.mean():+.2f} points from plain"
+    assert f"SGE leads plain {leads}: {means}" in prose
     low, high = ttest_1samp(gains[:5], 0).confidence_interval(0.95)
     assert (
         f"SGE ahead by {gains[:5].mean():.2f}, the last three have it behind by {-gains[5:].mean():.2f}; a page of "
