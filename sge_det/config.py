@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -320,6 +321,8 @@ def find_config(path: str) -> str:
     Raises:
         UserError: there is neither.
     """
+    if Path(path).is_dir():
+        raise UserError(f"the config {path} is a folder: name a file in it")
     return path if Path(path).is_file() else get_config_file(path.removeprefix("configs/"))
 
 
@@ -411,6 +414,7 @@ def load_lazy_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> 
         builtins.__import__ = importer  # which Detectron2 leaves replaced where the file fails
     if not isinstance(cfg, DictConfig):
         raise UserError(f"{path} is no lazy config: it holds no keys with values")
+    _check_no_options(overrides, "key=value")
     for override in overrides:
         _override_lazy(cfg, override)
     return cfg
@@ -567,8 +571,10 @@ def merge_overrides(cfg: CfgNode, overrides: list[str] | tuple[str, ...]) -> Non
     """Merges KEY VALUE pairs into ``cfg``.
 
     Raises:
-        UserError: a key that does not exist (names the nearest), a value of another type, or a key without a value.
+        UserError: a key that does not exist (names the nearest), a value of another type, a key without a value, or an
+            option of the command line among them.
     """
+    _check_no_options(overrides, "KEY VALUE")
     if len(overrides) % 2:
         raise UserError(f"overrides come as KEY VALUE pairs, but {overrides[-1]!r} has no value")
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
@@ -578,6 +584,13 @@ def merge_overrides(cfg: CfgNode, overrides: list[str] | tuple[str, ...]) -> Non
             cfg.merge_from_list([key, value])
         except (KeyError, ValueError, AssertionError, AttributeError, TypeError, RecursionError, MemoryError) as error:
             raise UserError(f"{key} {value}: {_config_error(cfg, error, key)}") from error
+
+
+def _check_no_options(overrides: Sequence[Any], kind: str) -> None:
+    """Tells of an option that a tool took for a key or a value, as it stands behind the first of them."""
+    for word in overrides:
+        if re.match("--[a-z]", str(word)):
+            raise UserError(f"{word} stands behind {kind}, where options are not looked for: put it before them")
 
 
 def _holds_keys(cfg: CfgNode, key: str) -> bool:

@@ -167,7 +167,10 @@ def _make_folder(folder: Path) -> None:
     if folder.is_dir():
         return
     _make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+    except FileExistsError as error:
+        raise FileExistsError(error.errno, f"{folder} is there, and is no folder") from error
     sync_folder(folder.parent)
 
 

@@ -135,6 +135,12 @@ def test_get_config_file_is_absolute_or_exists(tmp_path, monkeypatch):
         ("sample/faster_rcnn_SGE_R_50_FPN.yaml", ["model.sge.groups", "8"], "did you mean MODEL.SGE.GROUPS?"),
         ("sample/faster_rcnn_SGE_R_50_FPN.yaml", ["MODEL.SGE.GROUPS", "many"], "MODEL.SGE.GROUPS many"),
         ("sample/faster_rcnn_SGE_R_50_FPN.yaml", ["MODEL.SGE.GROUPS"], "has no value"),
+        (
+            "sample/faster_rcnn_SGE_R_50_FPN.yaml",
+            ["SEED", "1", "--num-gpus", "2"],
+            "--num-gpus stands behind KEY VALUE",
+        ),
+        ("sample/faster_rcnn_SGE_R_50_FPN.yaml", ["SEED", "1", "--eval-only"], "--eval-only stands behind KEY VALUE"),
         ("sample/faster_rcnn_SGE_R_50_FPN.yaml", ["MODEL.SGE.STAGES", "['res6']"], "'res6'"),
         ("sample/faster_rcnn_SGE_R_50_FPN.yaml", ["MODEL.SGE.INIT", "[0.0]"], "MODEL.SGE.INIT"),
         ("sample/faster_rcnn_SGE_R_50_FPN.yaml", ["MODEL.SGE.WEIGHT_DECAY", "none"], "MODEL.SGE.WEIGHT_DECAY"),
@@ -170,6 +176,11 @@ def test_malformed_files_are_named(tmp_path, text, message):
         load_config(str(path))
     assert message in str(raised.value)
     assert "mine.yaml" in str(raised.value)
+
+
+def test_a_folder_is_no_config(tmp_path):
+    with pytest.raises(sge_det.UserError, match="is a folder: name a file in it"):
+        load_config(str(tmp_path))
 
 
 def test_nothing_in_a_config_is_executed(tmp_path):

@@ -11,6 +11,7 @@ from sge_det.errors import UserError
 from sge_det.files import (
     check_folder,
     drop_torn_line,
+    make_folder,
     publish_file,
     publish_folder,
     remove_file,
@@ -237,3 +238,11 @@ def test_a_folder_that_can_be_made_is_not_made_by_the_look_at_it(tmp_path):
     for place in (tmp_path, tmp_path / "new/inner", tmp_path / "linked/new", tmp_path / "linked"):
         check_folder(place, "--output")
     assert [path.name for path in tmp_path.iterdir()] == ["linked"]
+
+
+def test_a_file_in_the_place_of_a_folder_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    for folder in (tmp_path / "file", tmp_path / "file/below", tmp_path / "link"):
+        with pytest.raises(UserError, match=r"(file|link) is there, and is no folder"):
+            make_folder(folder)

@@ -25,7 +25,7 @@ from sge_det.files import check_folder
 
 def set_up(args: argparse.Namespace) -> DictConfig:
     with lazy_words():
-        cfg = setup_lazy_config(args.config_file, args.opts, args.dataset, eval_only=args.eval_only)
+        cfg = setup_lazy_config(args.config_file, args.opts, args.dataset, eval_only=args.eval_only, resume=args.resume)
     check_folder(cfg.train.output_dir, "train.output_dir")
     return cfg
 

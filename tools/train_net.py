@@ -17,7 +17,7 @@ from sge_det.files import check_folder
 
 
 def set_up(args: argparse.Namespace) -> CfgNode:
-    cfg = setup_config(args.config_file, args.opts, args.dataset, eval_only=args.eval_only)
+    cfg = setup_config(args.config_file, args.opts, args.dataset, eval_only=args.eval_only, resume=args.resume)
     check_folder(cfg.OUTPUT_DIR, "OUTPUT_DIR")
     return cfg
 

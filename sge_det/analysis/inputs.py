@@ -75,7 +75,10 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
             found += fitting
     if not found:
         raise UserError("give images, folders, globs or videos with --input")
-    return list(dict.fromkeys(found))
+    unique: dict[str, Path] = {}
+    for file in found:
+        unique.setdefault(os.path.abspath(file), file)
+    return list(unique.values())
 
 
 def _is_known(path: Path) -> bool:
@@ -99,4 +102,5 @@ def report_faults(faults: dict[Path, str], files: Sequence[Path], done: str) -> 
     """
     if faults:
         reasons = "; ".join(f"{file}: {reason.rstrip('.')}" for file, reason in faults.items())
-        raise UserError(f"{len(faults)} of {len(files)} files cannot be read, {done}: {reasons}")
+        others = f", {done}" if len(faults) < len(files) else ""
+        raise UserError(f"{len(faults)} of {len(files)} files cannot be read{others}: {reasons}")

@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from torch import nn
 from tqdm import tqdm
 
-from ..checkpoint.checkpointer import check_weights_exist
+from ..checkpoint.checkpointer import check_weights_path
 from ..data.loader import build_test_loader
 from ..errors import UserError
 from ..files import make_folder, write_file, write_json
@@ -56,8 +56,8 @@ def visualize_images(
     weights = [cfg.MODEL.WEIGHTS]
     other = cfg.clone()
     if compare_weights:
+        check_weights_path(compare_weights, "--compare-weights", "")
         other.MODEL.WEIGHTS = compare_weights
-        check_weights_exist(other)
         weights.append(compare_weights)
     names = [entry["name"] for entry in categories(cfg)]
     predictors = [Predictor(cfg), *([Predictor(other)] if compare_weights else [])]

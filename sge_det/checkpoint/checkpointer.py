@@ -47,8 +47,8 @@ def check_weights_path(path: str, key: str, nothing: str) -> None:
 
     Args:
         path: of the weights; "" for none.
-        key: of the config that names them.
-        nothing: how it is set to none on the command line.
+        key: of the config, or of the command line, that names them.
+        nothing: how it is set to none on the command line; "" where nothing can be done without weights.
 
     Raises:
         UserError: it is not there, or is no file; says how to get it.
@@ -60,10 +60,10 @@ def check_weights_path(path: str, key: str, nothing: str) -> None:
         raise UserError(f"{key} {path} is no file of weights: {folder_told(Path(path))}")
     if os.path.exists(path):
         raise UserError(f"{key} {path} is no file of weights: it is a device or a pipe")
-    raise UserError(  # names too long for any file are of none, too
-        f"{key} {path[:300]} is not there: put the weights there (see 'Weights' in the README), name others with "
-        f"{key}, or train from scratch with {nothing}"
-    )
+    others = f"name others with {key}"
+    others = f", {others}, or train from scratch with {nothing}" if nothing else f", or {others}"
+    # names too long for any file are of none, too
+    raise UserError(f"{key} {path[:300]} is not there: put the weights there (see 'Weights' in the README){others}")
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -359,7 +359,8 @@ class Checkpointer(DetectionCheckpointer):
             raise UserError(
                 f"the weights {self._path} do not match the model: they fill {len(required) - len(lacking)} of the "
                 f"{len(required)} tensors of {'it' if whole else 'its backbone'}; {example}. Name the "
-                "weights of this model in MODEL.WEIGHTS, or set the config to theirs (MODEL.RESNETS.DEPTH for instance)"
+                "weights of this model in MODEL.WEIGHTS, or give the config, and as many classes, that they were "
+                "trained with"
             )
         if attention:
             logger.warning(

@@ -21,7 +21,10 @@ logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".run.lock"
 # How long a run goes, where, how it is watched and what it is tested with may change on the way.
-_CHANGEABLE_KEYS = ("SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.SKIP_NONFINITE", "MODEL.DEVICE")
+_CHANGEABLE_KEYS = (
+    *("SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.SKIP_NONFINITE", "MODEL.DEVICE"),
+    *("DATASETS.TEST", "INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST"),
+)
 _CHANGEABLE_SECTIONS = ("TEST.", "SOLVER.BEST_CHECKPOINTER.", "SOLVER.EARLY_STOPPING.")
 _LOGGED = ("metrics.json", EVALUATIONS_FILE, REPORT_FILE)
 
@@ -146,6 +149,14 @@ def folder_holds(folder: Path) -> str:
     return found[0].name if found else "last_checkpoint" if (folder / "last_checkpoint").exists() else ""
 
 
+def keeps_config(folder: str | Path) -> bool:
+    """Whether a run was trained in ``folder``, so that the config there is the run's."""
+    there = Path(folder)
+    return (there / "config.yaml").is_file() and any(
+        (there / name).exists() for name in (FINGERPRINT_FILE, "last_checkpoint")
+    )
+
+
 def remove_run(folder: Path) -> None:
     """Removes what a run would go on from; until the last of it is gone, it is refused or removed as before."""
     remove_file(folder / "result.json")
@@ -161,8 +172,14 @@ def _compare(folder: Path, made_from: dict, changeable: Callable[[str], bool]) -
         logger.warning(f"{folder} has no {FINGERPRINT_FILE}: whether this config is the run's cannot be told")
         return
     found.setdefault("config", {})
+    # the keys tell of what is named anew or no longer: a test set, which may change
+    common = found.get("content", {}).keys() & made_from["content"].keys()
     counted = [
-        {**made, "config": {key: value for key, value in made["config"].items() if not changeable(key)}}
+        {
+            **made,
+            "config": {key: value for key, value in made["config"].items() if not changeable(key)},
+            "content": {name: content for name, content in made.get("content", {}).items() if name in common},
+        }
         for made in (found, made_from)
     ]
     here = {key: counted[1][key] for key in ("version", "source", "processes")}

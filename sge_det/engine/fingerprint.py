@@ -236,4 +236,8 @@ def differences(found: dict, wanted: dict) -> Iterator[str]:
                 else:
                     yield f"{key} {there.get(key, 'absent')}, this command has {here.get(key, 'absent')}"
     if found.get("processes") != wanted["processes"]:
-        yield f"{found.get('processes')} processes, this command has {wanted['processes']}"
+        yield f"{_processes(found.get('processes'))}, this command has {wanted['processes']}"
+
+
+def _processes(number: int | None) -> str:
+    return "1 process" if number == 1 else f"{number} processes"

@@ -37,7 +37,7 @@ from ..files import write_file
 from ..layers.attention import is_own_class
 from ..solver import add_clipping
 from . import doctor
-from .claims import claimed_folder
+from .claims import claimed_folder, keeps_config
 from .evaluations import Settled
 from .fingerprint import Contents, fingerprint_of, is_free, package_of
 from .logs import start_logs
@@ -100,6 +100,7 @@ def setup_lazy_config(
     datasets: Sequence[Sequence[str]] = (),
     *,
     eval_only: bool = False,
+    resume: bool = False,
 ) -> DictConfig:
     """Reads a lazy config, takes the data sets into it and checks what can be checked before a model is built.
 
@@ -110,6 +111,7 @@ def setup_lazy_config(
         overrides: "key=value" ...
         datasets: (name, annotation JSON, image folder) triples to register; "train" in a name makes it a training set.
         eval_only: nothing will be trained, so that the training set need not be there.
+        resume: as in :func:`.training.setup_config`.
 
     Returns:
         the config; ``train.device`` is "cpu" where there is no GPU.
@@ -121,7 +123,8 @@ def setup_lazy_config(
     cfg = read_lazy_config(config_file, overrides)
     with lazy_words():
         doctor.tell(doctor.examine_switches(switches_of(cfg), eval_only=eval_only))
-    check_init_checkpoint(cfg)
+    if not (resume and last_checkpoint(cfg.train.output_dir)):
+        check_init_checkpoint(cfg, eval_only=eval_only)
     use_lazy_datasets(cfg, datasets, eval_only=eval_only)
     return cfg
 
@@ -140,9 +143,10 @@ def read_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictCon
     return cfg
 
 
-def check_init_checkpoint(cfg: DictConfig) -> None:
+def check_init_checkpoint(cfg: DictConfig, *, eval_only: bool = False) -> None:
     """:func:`.checkpointer.check_weights_path` for ``train.init_checkpoint``."""
-    check_weights_path(str(cfg.train.init_checkpoint or ""), "train.init_checkpoint", "train.init_checkpoint=''")
+    key = "train.init_checkpoint"
+    check_weights_path(str(cfg.train.init_checkpoint or ""), key, "" if eval_only else f"{key}=''")
 
 
 def use_lazy_datasets(cfg: DictConfig, datasets: Sequence[Sequence[str]], *, eval_only: bool = False) -> None:
@@ -286,7 +290,7 @@ def start_lazy_run(cfg: DictConfig, args: argparse.Namespace) -> None:
     """
     folder, seed = cfg.train.output_dir, switches_of(cfg).SEED
     start_logs(folder, args, "\n".join(f"{key} = {value}" for key, value in flat(cfg).items()))
-    if comm.is_main_process():
+    if comm.is_main_process() and not (args.eval_only and keeps_config(folder)):
         _save(cfg, Path(folder))
     seed_all_rng(None if seed < 0 else seed + comm.get_rank())
 

@@ -65,7 +65,7 @@ def diagnose_lazily(
     except UserError as error:
         return [_finding(error, "--config-file")]
     findings = [
-        *_checked("train.init_checkpoint", lambda: check_init_checkpoint(cfg)),
+        *_checked("train.init_checkpoint", lambda: check_init_checkpoint(cfg, eval_only=eval_only)),
         *_checked("dataloader", lambda: use_lazy_datasets(cfg, datasets, eval_only=eval_only)),
     ]
     unusable = _checked("train", lambda: examine_switches(switches_of(cfg), eval_only=eval_only))

@@ -38,6 +38,7 @@ from ..modeling.padding import ignore_padding
 from ..solver import build_lr_scheduler, build_optimizer
 from . import doctor
 from .averaging import AverageHook
+from .claims import keeps_config
 from .evaluations import EvaluationsHook, Settled, is_settled, watches_evaluations
 from .faults import in_words
 from .launching import TIMEOUT_SECONDS, check_launch, find_place, launch
@@ -132,6 +133,7 @@ def setup_config(
     datasets: list[tuple[str, str, str]] | tuple = (),
     *,
     eval_only: bool = False,
+    resume: bool = False,
 ) -> CfgNode:
     """Reads a config, takes the data sets into it and checks all that can be checked before a model is built.
 
@@ -140,6 +142,8 @@ def setup_config(
         overrides: KEY VALUE KEY VALUE ...
         datasets: (name, annotation JSON, image folder) triples to register.
         eval_only: nothing will be trained, so that the training set need not be there.
+        resume: the weights are those of the last checkpoint in ``OUTPUT_DIR``, if there is one, so that
+            ``MODEL.WEIGHTS`` need not be there.
 
     Returns:
         the config, not frozen; ``MODEL.DEVICE`` is "cpu" where there is no GPU.
@@ -154,7 +158,10 @@ def setup_config(
     cfg = load_config(config_file, overrides)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
-    doctor.tell(doctor.examine_settings(cfg, config_file, eval_only=eval_only, own_data=bool(datasets)))
+    resumed = resume and last_checkpoint(cfg.OUTPUT_DIR) is not None
+    doctor.tell(
+        doctor.examine_settings(cfg, config_file, eval_only=eval_only, own_data=bool(datasets), resumed=resumed)
+    )
     use_datasets(cfg, datasets, overrides, eval_only=eval_only)
     check_packages(cfg.DATASETS.TEST)
     if comm.is_main_process():
@@ -166,12 +173,14 @@ def setup_config(
 def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Freezes ``cfg`` and makes ``OUTPUT_DIR`` with its config and logs, as Detectron2's ``default_setup`` does.
 
+    The config of a run that was trained there stays when something is evaluated there.
+
     Raises:
         UserError: the folder cannot be written.
     """
     cfg.freeze()
     start_logs(cfg.OUTPUT_DIR, args, cfg.dump())
-    if comm.is_main_process():
+    if comm.is_main_process() and not (args.eval_only and keeps_config(cfg.OUTPUT_DIR)):
         write_file(Path(cfg.OUTPUT_DIR, "config.yaml"), cfg.dump())
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
     if not args.eval_only:

@@ -233,6 +233,12 @@ def test_inputs_and_outputs_have_names(inputs, tmp_path):
     shutil.copy(inputs / "a.jpg", deeper)
     targets = output_files([inputs / "a.jpg", deeper, inputs / "x.gif"], tmp_path / "out")
     assert targets == [tmp_path / "out/a.jpg", tmp_path / "out/more/a.jpg", tmp_path / "out/x.gif.png"]
+    with pytest.raises(UserError, match=r"x\.gif and \S+x\.gif\.png would both be drawn as"):
+        output_files([inputs / "x.gif", inputs / "x.gif.png"], tmp_path / "out")
+    again = [str(inputs / "a.jpg"), str(inputs / "c.png"), str(inputs / "more/../a.jpg"), str(inputs / "*.jpg")]
+    assert find_files(again) == [inputs / "a.jpg", inputs / "c.png", inputs / "b.jpg"]
+    with pytest.raises(UserError, match=r"^1 of 1 files cannot be read: a: torn$"):
+        report_faults({Path("a"): "torn"}, [Path("a")], "the others are done")
     with pytest.raises(UserError, match="would write over the input"):
         output_files([inputs / "a.jpg"], inputs)
     (tmp_path / "empty").mkdir()

@@ -24,7 +24,7 @@ from reference_models import torchvision_resnet
 
 from sge_det import UserError, get_config
 from sge_det.checkpoint import convert_file, read_source
-from sge_det.checkpoint.checkpointer import Checkpointer, check_weights_exist
+from sge_det.checkpoint.checkpointer import Checkpointer, check_weights_exist, check_weights_path
 from sge_det.checkpoint.checksums import unusable
 from sge_det.checkpoint.pickles import Refused, Stream, Unpickler
 from sge_det.checkpoint.safe_load import load_file
@@ -133,12 +133,17 @@ def test_what_holds_no_single_resnet_is_refused(tmp_path, content, words):
 
 @pytest.mark.parametrize("address", ["s3://bucket/x.pth", "hf://timm/resnet50", "C://x.pth"])
 def test_addresses_that_nobody_fetches_are_told(address):
-    cfg = get_config("sample/faster_rcnn_SGE_R_50_FPN.yaml", ["MODEL.WEIGHTS", address])
-    for check in (lambda: read_source(address), lambda: check_weights_exist(cfg)):
+    for check in (lambda: read_source(address), lambda: check_weights_path(address, "MODEL.WEIGHTS", "")):
         with pytest.raises(
             UserError, match=f"the weights {address} cannot be fetched: .* download the file, and name it"
         ):
             check()
+
+
+def test_weights_that_nothing_can_be_done_without_are_told_by_their_option(tmp_path):
+    told = r"^--compare-weights \S+no is not there: put .*, or name others with --compare-weights$"
+    with pytest.raises(UserError, match=told):
+        check_weights_path(str(tmp_path / "no"), "--compare-weights", "")
 
 
 def archive(kind, name="a.txt"):

@@ -1,5 +1,6 @@
 """A folder belongs to one run: what may go on in it, and what is refused."""
 
+import argparse
 import errno
 import json
 import logging
@@ -8,7 +9,9 @@ import shutil
 
 import pytest
 from conftest import TINY
+from omegaconf import OmegaConf
 
+from sge_det.engine import lazy, training
 from sge_det.engine.claims import claimed
 from sge_det.engine.training import setup_config
 from sge_det.errors import UserError
@@ -79,6 +82,8 @@ CHANGED = {
     "DATALOADER.NUM_WORKERS": "3",
     "DATALOADER.TIMEOUT": "3",
     "TEST.DETECTIONS_PER_IMAGE": "7",
+    "INPUT.MIN_SIZE_TEST": "96",
+    "DATASETS.TEST": "()",
 }
 
 
@@ -117,6 +122,45 @@ def test_another_data_set_is_refused(config, run):
     path.write_text(json.dumps(made))
     with pytest.raises(UserError, match="another content of tiny_train"), claimed(config(), resume=True):
         pass
+
+
+def test_a_run_goes_on_without_the_weights_that_it_began_with(tmp_path, run, sample_datasets):
+    path, weights = run / "fingerprint.json", ["MODEL.WEIGHTS", "/gone.pth"]
+    made = json.loads(path.read_text())
+    made["config"]["MODEL.WEIGHTS"], made["content"]["MODEL.WEIGHTS"] = "'/gone.pth'", "0" * 64
+    path.write_text(json.dumps(made))
+
+    def set_up(folder, **how):
+        return setup_config(FASTER, [*TINY, "OUTPUT_DIR", str(folder), *weights], sample_datasets, **how)
+
+    with claimed(set_up(run, resume=True), resume=True):
+        pass
+    for folder, how, told in (
+        (tmp_path / "none", {"resume": True}, r"MODEL\.WEIGHTS: /gone\.pth is not there.* from scratch"),
+        (run, {}, "from scratch with MODEL.WEIGHTS ''"),
+        (run, {"eval_only": True}, r"or name others with MODEL\.WEIGHTS$"),
+    ):
+        with pytest.raises(UserError, match=told):
+            set_up(folder, **how)
+
+
+def test_an_evaluation_leaves_the_config_of_a_run(config, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "start_logs", lambda folder, *_: os.makedirs(folder, exist_ok=True))
+    monkeypatch.setattr(lazy, "start_logs", training.start_logs)
+
+    def start(folder, eval_only):
+        args = argparse.Namespace(eval_only=eval_only)
+        training.start_run(config("OUTPUT_DIR", str(folder), "SEED", "5"), args)
+        return (folder / "config.yaml").read_text()
+
+    (run / "config.yaml").write_text("the run's")
+    assert start(run, True) == "the run's"
+    lazy.start_lazy_run(OmegaConf.create({"train": {"output_dir": str(run)}}), argparse.Namespace(eval_only=True))
+    assert (run / "config.yaml").read_text() == "the run's"
+    assert "SEED: 5" in start(run, False)
+    for _ in range(2):  # the config of an evaluation is no run's
+        assert "SEED: 5" in start(tmp_path / "evaluated", True)
+        (tmp_path / "evaluated/config.yaml").write_text("another evaluation's")
 
 
 def test_another_version_is_said_and_goes_on(config, run, caplog):

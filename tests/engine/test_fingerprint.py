@@ -22,6 +22,7 @@ def test_edited_code_is_another(tmp_path, monkeypatch):
     found = list(differences({"source": before, "processes": 1}, {"source": edited, "processes": 1}))
     assert found == ["other source code of own_module", "other source code of own_package"]
     assert list(differences({"processes": 1}, {"source": edited, "processes": 1})) == []
+    assert list(differences({"processes": 1}, {"processes": 2})) == ["1 process, this command has 2"]
 
 
 def test_a_run_from_before_a_key_was_there_had_its_default():

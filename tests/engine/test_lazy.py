@@ -242,6 +242,7 @@ FASTER = f"lazy/{NAMES['faster']}.py"
         (["optimizer.lrr=1"], "there is no config key optimizer.lrr: did you mean optimizer.lr"),
         (["optimizer.lr"], "has no value"),
         (["optimizer.lr=[1"], r"optimizer.lr=\[1"),
+        (["optimizer.lr=1", "--num-gpus", "2"], "--num-gpus stands behind key=value"),
         (["train.amp.enabled=True"], "train.amp.enabled True needs a GPU .* set that to bfloat16"),
         (["train.init_checkpoint=/nowhere.pth"], "/nowhere.pth is not there"),
         (["train.init_checkpoint=''", "dataloader.train.dataset.names=nowhere"], "'nowhere' is not registered"),
@@ -251,6 +252,18 @@ def test_mistakes_are_sentences(overrides, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=message):
         setup_lazy_config(FASTER, overrides)
+
+
+def test_weights_that_a_run_began_with_may_go(tmp_path, sample_datasets):
+    overrides = ["train.init_checkpoint=/nowhere.pth", f"train.output_dir={tmp_path}"]
+    with pytest.raises(UserError, match=r"or train from scratch with train\.init_checkpoint=''"):
+        setup_lazy_config(FASTER, overrides, sample_datasets, resume=True)
+    with pytest.raises(
+        UserError, match=r"or name others with train\.init_checkpoint$"
+    ):  # which nothing can be evaluated without
+        setup_lazy_config(FASTER, overrides, sample_datasets, eval_only=True)
+    (tmp_path / "model_0000004.pth").touch()
+    setup_lazy_config(FASTER, overrides, sample_datasets, resume=True)
 
 
 def test_own_keys_are_taken_where_the_file_has_them_and_where_not(tmp_path):

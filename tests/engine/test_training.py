@@ -256,7 +256,7 @@ def test_weights_of_another_number_of_classes_are_a_start_but_no_evaluation(tmp_
     torch.save({"model": state}, tmp_path / "nine.pth")
     cfg.MODEL.WEIGHTS = str(tmp_path / "nine.pth")
     Trainer(cfg).resume_or_load(resume=False)
-    with pytest.raises(sge_det.UserError, match=r"nine\.pth do not match.*cls_score"):
+    with pytest.raises(sge_det.UserError, match=r"nine\.pth do not match.*cls_score.*as many classes"):
         evaluate(cfg)
 
 

@@ -21,7 +21,7 @@ def test_every_error_and_warning_is_printed(run_tool, sample_datasets):
     assert run.returncode == 2
     lines = run.stdout.splitlines()
     assert lines[0].startswith("error: MODEL.SGE.GROUPS: 48 does not divide the 64 channels of res2")
-    assert lines[1].startswith("error: MODEL.WEIGHTS: MODEL.WEIGHTS nowhere.pth is not there")
+    assert lines[1].startswith("error: MODEL.WEIGHTS: nowhere.pth is not there")
     assert lines[2].startswith("warning: MODEL.FPN.NORM: SyncBN in one process is BN")
     assert lines[3:] == [f"{FASTER}: 2 errors, 1 warnings"]
     assert "Traceback" not in run.stderr
@@ -82,5 +82,5 @@ def test_the_same_findings_stop_measure_gain(fork_tool, sample_datasets, tmp_pat
         *("MODEL.WEIGHTS", "nowhere.pth"),
     )
     assert run.returncode == 2
-    assert "error: MODEL.WEIGHTS: MODEL.WEIGHTS nowhere.pth is not there" in run.stderr
+    assert "error: MODEL.WEIGHTS: nowhere.pth is not there" in run.stderr
     assert not (tmp_path / "out").exists()

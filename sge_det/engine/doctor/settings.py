@@ -8,7 +8,7 @@ import yaml
 from detectron2.config import CfgNode
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
-from ...checkpoint.checkpointer import check_weights_exist
+from ...checkpoint.checkpointer import check_weights_path
 from ...checkpoint.transplant import sge_builder
 from ...config import STAGES, SGEOptions, compose_config, ema_decay, find_config, optimizer_name, sge_options
 from ...data.datasets import head_section
@@ -24,12 +24,13 @@ _LR_FACTOR = 1.5
 
 
 def examine_settings(
-    cfg: CfgNode, config_file: str = "", *, eval_only: bool = False, own_data: bool = False
+    cfg: CfgNode, config_file: str = "", *, eval_only: bool = False, own_data: bool = False, resumed: bool = False
 ) -> list[Finding]:
     """What is wrong with the settings themselves; reads no file but the config.
 
     Args:
         own_data: data sets were given besides the config, so that advice for COCO does not fit.
+        resumed: a checkpoint is there to go on from, so that nobody reads ``MODEL.WEIGHTS``.
     """
     unusable = unusable_values(cfg)
     if unusable:  # nothing can be computed from them
@@ -42,7 +43,7 @@ def examine_settings(
         *_backbone_without_sge(cfg, options),
         *wrong_groups(cfg, options),
         *([] if unregistered(cfg) else examine_model(cfg)),
-        *missing_weights(cfg),
+        *([] if resumed else missing_weights(cfg, eval_only=eval_only)),
         *([] if eval_only or own_data else _learning_rate(cfg)),
     ]
 
@@ -188,11 +189,12 @@ def wrong_groups(cfg: CfgNode, options: SGEOptions) -> list[Finding]:
     return []
 
 
-def missing_weights(cfg: CfgNode) -> list[Finding]:
+def missing_weights(cfg: CfgNode, *, eval_only: bool = False) -> list[Finding]:
+    key = "MODEL.WEIGHTS"
     try:
-        check_weights_exist(cfg)
+        check_weights_path(cfg.MODEL.WEIGHTS, key, "" if eval_only else f"{key} ''")
     except UserError as error:
-        return [finding_of(error, "MODEL.WEIGHTS")]
+        return [Finding("error", key, str(error).removeprefix(f"{key} "), "")]
     return []
 
 
