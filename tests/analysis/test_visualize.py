@@ -82,7 +82,7 @@ def test_two_weights_side_by_side(cfg, weights, picture, sample_datasets, tmp_pa
     (both,), _ = visualize_images(cfg, [picture], tmp_path / "two", compare_weights=str(weights))
     with Image.open(alone) as one, Image.open(both) as two:
         assert two.height > one.height
-    with pytest.raises(UserError, match=r"MODEL.WEIGHTS none\.pth is not there"):
+    with pytest.raises(UserError, match=r"--compare-weights none\.pth is not there"):
         visualize_images(cfg, [picture], tmp_path / "none", compare_weights="none.pth")
     assert not (tmp_path / "none").exists()
 
