@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         stage=args.stage,
         block=args.block,
     )
-    print(f"{len(files) - len(faults)} files drawn into {args.output}, detections in {path}")
+    if drawn := len(files) - len(faults):
+        print(f"{drawn} {'file' if drawn == 1 else 'files'} drawn into {args.output}, detections in {path}")
     report_faults(faults, files, "the others are done")
 
 

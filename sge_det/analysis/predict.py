@@ -90,7 +90,8 @@ def predict(
         stage, block: of that layer, as in :func:`.modeling.gates.find_layer`.
 
     Returns:
-        the JSON's path, and the files that could not be read (in full), each with the reason.
+        the JSON's path, and the files that could not be read (in full), each with the reason. Where nothing could be
+        read no JSON is written, and one that was there stays.
 
     Raises:
         UserError: something that the user can put right.
@@ -122,7 +123,8 @@ def predict(
             if found.frames:
                 journal.add(file, found.frames, keep=not fault)
         path = output / PREDICTIONS_FILE
-        write_json(path, _coco(files, journal, classes))
+        if any(journal.of(file) for file in files):
+            write_json(path, _coco(files, journal, classes))
     journal.remove()
     return path, faults
 

@@ -64,7 +64,7 @@ def register_dataset(name: str, json_file: str, image_root: str) -> Annotations:
         what ``json_file`` holds that counts.
 
     Raises:
-        UserError: a file is missing or malformed.
+        UserError: a file is missing or malformed, or an image outside of the folder.
     """
     annotations = read_annotations(json_file)
     content = annotations.content
@@ -76,6 +76,7 @@ def register_dataset(name: str, json_file: str, image_root: str) -> Annotations:
             f"data set {name}: {len(missing)} of {len(content['images'])} images that {json_file} names are not in "
             f"{image_root}, the first is {missing[0][:200]}{missing_hint(missing[0], image_root)}"
         )
+    check_places(json_file, content["images"], image_root)
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
@@ -103,7 +104,7 @@ def missing_images(images: Sequence[dict], image_root: str) -> list[str]:
     return [image["file_name"] for image in images if not Path(image_root, image["file_name"]).is_file()]
 
 
-def outside_images(images: Sequence[dict], image_root: str) -> list[str]:
+def outside_images(images: Sequence[dict], image_root: str | Path) -> list[str]:
     """The file names of those of COCO's ``images`` that lead out of ``image_root``, by themselves and not by a link."""
     root = Path(image_root)
 
@@ -116,6 +117,20 @@ def outside_images(images: Sequence[dict], image_root: str) -> list[str]:
         return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
 
     return [image["file_name"] for image in images if is_outside(image["file_name"])]
+
+
+def check_places(json_file: str | Path, images: Sequence[dict], image_root: str | Path) -> None:
+    """Checks that images stay in their folder: annotations may come from a stranger, and reports show images.
+
+    Raises:
+        UserError: one of them leads out of the folder.
+    """
+    outside = outside_images(images, image_root)
+    if outside:
+        raise UserError(
+            f"{json_file} names images outside of {image_root} ({len(outside)}: {outside[0][:200]!a}): file names must "
+            "stay in the image folder; name the folder above, or link the images into it"
+        )
 
 
 def missing_hint(name: str, image_root: str) -> str:

@@ -10,6 +10,7 @@ import hotcoco
 import torch
 
 from .. import __version__
+from ..data.datasets import check_places
 from ..errors import UserError
 from ..files import check_folder
 from .classified import TASK, TOP1, measure_classified
@@ -51,6 +52,8 @@ def compare_results(
         raise UserError(f"--images {image_root}: there is no such folder")
     check_question(question, bootstrap)
     truth = GroundTruth(ground_truth)
+    if image_root is not None:
+        check_places(ground_truth, list(truth.images.values()), image_root)
     measurement = measure(truth, arms, bootstrap=bootstrap, images=image_root is not None, question=question)
     provenance = {f"arm {name}": ", ".join(map(str, files)) for name, files in arms.items()}
     provenance = {"ground truth": str(ground_truth), **provenance, **versions()}

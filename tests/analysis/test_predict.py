@@ -102,6 +102,16 @@ def test_a_folder_with_a_damaged_file(inputs, weights, sample_datasets, tmp_path
     assert video.get(cv2.CAP_PROP_FPS) == 5
 
 
+def test_what_was_found_before_stays_where_nothing_can_be_read(inputs, weights, sample_datasets, tmp_path):
+    cfg = config(MASK, weights / "mask.pth", sample_datasets)
+    path, _ = predict(cfg, [inputs / "a.jpg"], tmp_path / "out")
+    before = path.read_bytes()
+    path, faults = predict(cfg, [inputs / "b.jpg"], tmp_path / "out")
+    assert list(faults) == [inputs / "b.jpg"] and path.read_bytes() == before
+    path, _ = predict(cfg, [inputs / "b.jpg"], tmp_path / "other")
+    assert not list((tmp_path / "other").iterdir()) and not path.exists()
+
+
 def test_detections_are_those_of_the_model(inputs, weights, sample_datasets, tmp_path):
     cfg = config(FASTER, weights / "faster.pth", sample_datasets)
     path, _ = predict(cfg, [inputs / "c.png"], tmp_path / "out", confidence=0.05)

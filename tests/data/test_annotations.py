@@ -174,7 +174,7 @@ def test_numbers_that_would_take_the_machine_down_are_refused(content, write, va
     [
         *(("images", "id", value) for value in (True, "one", None, 1.5, 10**400, [1])),
         *(("images", "width", value) for value in (True, "96", None, 0, -5, 96.5, 10**9)),
-        *(("images", "file_name", value) for value in (None, 7, "", "a" * 5000, "../a.jpg", "/etc/passwd", "a\0b")),
+        *(("images", "file_name", value) for value in (None, 7, "", "a" * 5000, "a\0b")),
         *(("categories", "id", value) for value in (False, "one", None)),
         *(("categories", "name", value) for value in (None, 3)),
         *(("annotations", "id", value) for value in (True, None, {})),
