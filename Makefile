@@ -14,7 +14,7 @@ CODE = $(shell find sge_det tests tools -name '*.py')
 # The folder is part of it, as an editable installation names it.
 STAMP := $(VENV)/.installed-$(shell (pwd; cat setup.py requirements/*) | cksum | cut -d ' ' -f 1)
 
-.PHONY: help install demo test test-latest fuzz torture coverage lint bench clean
+.PHONY: help install demo test test-slow test-latest fuzz torture coverage lint bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -35,7 +35,10 @@ demo: install  ## make sample data, train plain and SGE detectors on it with thr
 		--output output/demo --seeds 0 1 2 --jobs 2 SOLVER.MAX_ITER 500
 
 test: install  ## run the tests
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -m 'not slow' -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
+
+test-slow: install  ## run those that take longest and have siblings among the tests
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -m slow -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
 test-latest:  ## run the tests on the newest releases of everything that is not pinned, in .venv-latest
 	$(MAKE) test VENV=.venv-latest RELEASES=latest

@@ -395,6 +395,7 @@ launching.launch(main, args)
 """
 
 
+@pytest.mark.slow
 def test_torchrun_ends_as_it_would_have_ended(run, tmp_path):
     run = replace(run, batch_size=12, epochs=1, mixup=0.0, model="sge_resnet18")
     (tmp_path / "two.py").write_text(_TWO)

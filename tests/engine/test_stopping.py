@@ -96,6 +96,7 @@ def test_a_lost_worker_is_told(start, signum, words):
     assert words in line and line.endswith("give the same command with --resume to go on")
 
 
+@pytest.mark.slow
 def test_torchrun_starts_one_run(start, tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(_find_free_port())]
     run = start("run", 1, before=torchrun)

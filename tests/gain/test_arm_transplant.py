@@ -47,6 +47,7 @@ def load(path):
     return torch.load(path, weights_only=True)["model"]
 
 
+@pytest.mark.slow
 def test_from_the_final_weights_of_a_reference_that_starts_from_scratch(tmp_path, sample_datasets):
     made = matrix(tmp_path / "out", sample_datasets)
     plain, transplanted = made.runs

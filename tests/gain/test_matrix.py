@@ -116,6 +116,7 @@ def trainings(output):
     return sum(log.read_text().count("Starting training from iteration") for log in output.glob("*/*/log.txt"))
 
 
+@pytest.mark.slow
 def test_killed_at_random_and_run_again(finished, sample_datasets, tmp_path):
     output = tmp_path / "out"
     made = matrix(output, sample_datasets)

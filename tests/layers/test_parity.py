@@ -114,7 +114,12 @@ GRAPHS = [traced, scripted, frozen, exported, symbolic_graph, compiled, onnx_of_
 NO_EMPTY_BATCH = [mapped, exported, compiled, onnx_of_a_trace, onnx_of_an_export]
 # onnxruntime has no bfloat16 on the CPU, and inputs of ONNX are contiguous arrays
 CASES = [
-    pytest.param(way, dtype, id=f"{getattr(way, '__name__', 'way')}-{str(dtype)[6:]}".replace("<lambda>", "eager"))
+    pytest.param(
+        way,
+        dtype,
+        id=f"{getattr(way, '__name__', 'way')}-{str(dtype)[6:]}".replace("<lambda>", "eager"),
+        marks=[pytest.mark.slow] if way is compiled and dtype in (torch.float16, torch.float64) else [],
+    )
     for way in EAGER + GRAPHS
     for dtype in TOLERANCES
     if not (way.__name__.startswith("onnx") and dtype == torch.bfloat16)

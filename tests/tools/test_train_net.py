@@ -11,6 +11,7 @@ def dataset_arguments(datasets):
     return [word for name, json_file, images in datasets for word in ("--dataset", name, json_file, images)]
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_evaluate_on_cpus(run_tool, sample_datasets, tmp_path):
     run = run_tool(
         "train_net.py",
