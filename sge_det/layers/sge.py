@@ -51,6 +51,8 @@ class SpatialGroupEnhance(nn.Module):
         super().__init__()
         if not isinstance(groups, int) or groups < 1:
             raise ValueError(f"groups must be a whole number of at least 1, got {groups!r:.100}")
+        if not isinstance(eps, int | float) or not 0 <= eps < float("inf"):
+            raise ValueError(f"eps must be a finite number of at least 0, got {eps!r:.100}")
         if kernel not in kernels.KERNELS:
             raise ValueError(f"the kernel {kernel!r} is not one of {', '.join(kernels.KERNELS)}")
         self.kernel = kernel

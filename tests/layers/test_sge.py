@@ -382,6 +382,9 @@ def test_errors_name_the_numbers():
     for groups in (0, 4.0, "4"):
         with pytest.raises(ValueError, match=f"a whole number of at least 1, got {groups!r}"):
             SpatialGroupEnhance(groups)
+    for eps in (-1e-5, float("nan"), float("inf"), "1e-5"):
+        with pytest.raises(ValueError, match=f"a finite number of at least 0, got {eps!r}"):
+            SpatialGroupEnhance(4, eps=eps)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
