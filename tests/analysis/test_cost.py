@@ -7,7 +7,8 @@ from detectron2.layers import ShapeSpec
 from torch import nn
 
 import sge_det
-from sge_det.analysis.cost import analysis_report, analyze, count_flops, sge_flops
+from sge_det.analysis import cost
+from sge_det.analysis.cost import Analysis, PaperFigure, analysis_report, analyze, count_flops, sge_flops
 from sge_det.engine.training import setup_config
 from sge_det.modeling.resnet import build_sge_resnet_backbone
 
@@ -115,6 +116,44 @@ def test_the_report_names_what_the_tables_hold(tiny_config):
     (total,) = [line for line in text.splitlines() if line.startswith("| total") and f"{ours.parameters:,}" in line]
     assert f"{plain.parameters:,}" in total
     assert f"+{ours.parameters - plain.parameters:,}" in total
+
+
+def test_the_papers_figures_stand_beside_ours():
+    figures = [
+        PaperFigure("parameters", "M", (25.56, 25.56), (25.557, 25.559), (25.557, 25.559)),
+        PaperFigure("backbone", "GFLOPs", (1.5, 2.5), (3.5, 4.5), (5.5, 6.5)),
+    ]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in _lines(figures)]
+    assert ["parameters, plain (M)", "25.56", "25.56", "25.56"] in rows
+    assert ["backbone, plain (GFLOPs)", "1.5", "3.500", "5.500"] in rows
+    assert ["backbone, SGE (GFLOPs)", "2.5", "4.500", "6.500"] in rows
+    assert not any("paper" in line for line in _lines([]))
+
+
+def _lines(figures):
+    return analysis_report(Analysis(64, 64, {}, figures)).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "is_in_paper"),
+    [
+        ("MODEL.RESNETS.DEPTH", 101, True),
+        ("MODEL.RESNETS.DEPTH", 34, False),
+        ("MODEL.RESNETS.NUM_GROUPS", 32, False),
+        ("MODEL.RESNETS.RES5_DILATION", 2, False),
+        ("MODEL.SGE.GROUPS", 32, False),
+        ("MODEL.SGE.STAGES", ["res4", "res5"], False),
+        ("MODEL.SGE.ATTENTION", "se", False),
+    ],
+)
+def test_the_paper_has_its_own_networks_alone(monkeypatch, key, value, is_in_paper):
+    cfg = sge_det.get_config("COCO-Detection/faster_rcnn_SGE_R_50_FPN_1x.yaml", [key, str(value)])
+    counted = []
+    monkeypatch.setattr(cost, "count_flops", lambda *_: counted.append(1) or {"": 1e9})
+    with torch.device("meta"):
+        figures = cost._paper_figures(cfg)
+    assert (bool(figures), bool(counted)) == (is_in_paper, is_in_paper)
+    assert all("ResNet-101" in figure.name for figure in figures)
 
 
 @pytest.mark.parametrize(

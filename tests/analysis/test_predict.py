@@ -235,6 +235,25 @@ def test_drawings():
     assert np.array_equal(both[-60:, :80], image) or np.array_equal(both[-61:-1, :80], image)
 
 
+def test_an_image_that_the_model_cannot_take_costs_that_image(inputs, weights, sample_datasets, tmp_path, monkeypatch):
+    draw = predict_module.draw_detections
+
+    def failing(image, *arguments):
+        if failing.is_first:
+            failing.is_first = False
+            raise RuntimeError("no room\nat all")
+        return draw(image, *arguments)
+
+    failing.is_first = True
+    monkeypatch.setattr(predict_module, "draw_detections", failing)
+    files = [inputs / "a.jpg", inputs / "c.png"]
+    path, faults = predict(config(FASTER, weights / "faster.pth", sample_datasets), files, tmp_path / "out")
+    assert list(faults) == files[:1]
+    assert "the model cannot take it (" in faults[files[0]] and faults[files[0]].endswith("): no room")
+    assert [image["file_name"] for image in json.loads(path.read_text())["images"]] == ["c.png"]
+    assert not (tmp_path / "out/a.jpg").exists()
+
+
 def test_inputs_and_outputs_have_names(inputs, tmp_path):
     assert [f.name for f in find_files([str(inputs / "*.png"), str(inputs / "notes.txt")])] == ["c.png", "notes.txt"]
     assert [f.name for f in find_files([str(tmp_path / "**/*.jpg")])] == ["a.jpg", "b.jpg"]
