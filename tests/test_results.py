@@ -156,3 +156,28 @@ def test_the_archive_holds_the_runs_of_the_kept_seeds(tmp_path):
             detections = (run / "inference/coco_instances_results.json").read_bytes()
             assert hashlib.sha256(detections).hexdigest() == result["predictions"]
             assert (run / "fingerprint.json").is_file() and (run / "config.yaml").is_file()
+
+
+def test_the_cards_figures_are_those_of_their_archive(tmp_path):
+    with tarfile.open(ROOT / "docs/results/cards_faster.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    values, rises = {}, {}
+    for arm in ("plain", "sge"):
+        run = tmp_path / arm / "seed0"
+        result = json.loads((run / "result.json").read_bytes())
+        detections = (run / "inference/coco_instances_results.json").read_bytes()
+        assert result["predictions"] == hashlib.sha256(detections).hexdigest()
+        records = map(json.loads, (run / "metrics.json").read_text().splitlines())
+        curve = [record["bbox/AP"] for record in records if "bbox/AP" in record]
+        values[arm], rises[arm] = result["results"]["bbox"]["AP"], curve[-1] - curve[-2]
+    prose = " ".join(PAGE.split())
+    gain = values["sge"] - values["plain"]
+    assert f"plain {values['plain']:.2f}, SGE {values['sge']:.2f}, a difference of {gain:+.2f}" in prose
+    stages = read("cards")["pointing"]["sge"]["0"]["bbox"].values()
+    ratios = [stage["all"]["gate_ratio"]["mean"] for stage in stages]
+    assert f"as open beside cards as on them ({min(ratios):.3f} to {max(ratios):.3f}, by stage)" in prose
+    of_report = read("cards")["differences"]["sge"]["bbox"]["AP"]
+    assert of_report["values"] == pytest.approx([gain])
+    images = of_report["intervals"]["images"]
+    assert f"on new images {shown((images['low'], images['high']))}" in prose
+    assert f"plain by {rises['plain']:.1f} in its last quarter, SGE by {rises['sge']:.1f}" in prose
