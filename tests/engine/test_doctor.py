@@ -253,7 +253,7 @@ def test_norms_without_statistics(examine, tmp_path):
 
 
 def test_weights_that_are_not_there_or_damaged(examine, tmp_path):
-    only(examine("MODEL.WEIGHTS", "nowhere.pth"), "error", "MODEL.WEIGHTS nowhere.pth is not there")
+    only(examine("MODEL.WEIGHTS", "nowhere.pth"), "error", "MODEL.WEIGHTS: nowhere.pth is not there")
     (tmp_path / "w.pth").write_bytes(b"not weights")
     only(examine("MODEL.WEIGHTS", tmp_path / "w.pth"), "error", "w.pth cannot be read")
     torch.save({"encoder": torch.zeros(2)}, tmp_path / "w.pth")
