@@ -37,7 +37,7 @@ demo: install  ## make sample data, train plain and SGE detectors on it with thr
 test: install  ## run the tests
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -m 'not slow' -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
-test-slow: install  ## run those that take longest and have siblings among the tests
+test-slow: install  ## run more of the same kinds, which take longest
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -m slow -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
 test-latest:  ## run the tests on the newest releases of everything that is not pinned, in .venv-latest

@@ -1,5 +1,6 @@
 """Sample data and tiny configs that several test files share."""
 
+import collections
 import logging
 import os
 import runpy
@@ -18,6 +19,17 @@ TINY = [
     *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "SOLVER.IMS_PER_BATCH", "2"),
     *("SOLVER.STEPS", "()", "SOLVER.WARMUP_ITERS", "0", "MODEL.DEVICE", "cpu"),
 ]
+
+
+@pytest.hookimpl(tryfirst=True)  # before those that are not asked for are left out
+def pytest_collection_modifyitems(items):
+    seen = collections.Counter()
+    for item in items:
+        grid = item.get_closest_marker("sampled")
+        if grid:
+            if seen[item.parent.nodeid, item.originalname] % grid.args[0]:
+                item.add_marker(pytest.mark.slow)
+            seen[item.parent.nodeid, item.originalname] += 1
 
 
 @pytest.fixture(autouse=True)

@@ -31,6 +31,7 @@ def build(name, *overrides):
     return model
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "name, way",
     [("faster_rcnn", "scripted"), ("mask_rcnn", "scripted"), ("cascade_rcnn", "traced"), ("retinanet", "scripted")],
@@ -104,6 +105,7 @@ PANOPTIC = "COCO-PanopticSegmentation/panoptic_fpn_SGE_R_50_1x.yaml"
 KEYPOINTS = "COCO-Keypoints/keypoint_rcnn_SGE_R_50_FPN_1x.yaml"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("leaf", "overrides", "way", "outputs"),
     [

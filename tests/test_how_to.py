@@ -80,6 +80,7 @@ def test_my_weights(work):
     assert (work / "output/model_final.pth").is_file()
 
 
+@pytest.mark.slow
 def test_my_cluster(work):
     *runs, report = commands("my_cluster.md")
     short = [*TINY, *SHORT, *MICRO, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]

@@ -44,6 +44,7 @@ def tiny_config(sample_datasets, tmp_path):
     return config
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("detector", ["faster_rcnn", "mask_rcnn", "cascade_rcnn", "retinanet"])
 def test_a_model_and_its_twin_differ_by_the_layers(detector, tiny_config):
     cfg = tiny_config(detector)

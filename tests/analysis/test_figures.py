@@ -63,6 +63,7 @@ def test_groups_that_are_not_there(text, message):
         choose_groups(text, np.zeros((5, 2, 2)))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("groups", [[3], [0, 1, 2, 3, 4, 5, 6, 7], list(range(24))])
 def test_a_figure_of_one_detector(groups):
     picture = decode(attention_figure([view("w.pth")], groups, ["cat", "dog"], "a.jpg"))

@@ -62,6 +62,7 @@ def timm_with_paper_sge():
     return randomize(timm.create_model("resnet18", block_args={"attn_layer": PaperSGE}))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("make", "save", "name", "kind", "depth", "sge"),
     [

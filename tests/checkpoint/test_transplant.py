@@ -40,6 +40,7 @@ def detect(model, size):
         return model.eval()([{"image": image, "height": size[0], "width": size[1]}])[0]["instances"]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("norm", ["FrozenBN", "BN", "SyncBN", "GN"])
 @pytest.mark.parametrize("name", DETECTORS)
 def test_a_transplanted_detector_gives_the_plain_ones_detections(tmp_path, name, norm):
@@ -69,6 +70,7 @@ def test_a_transplanted_detector_gives_the_plain_ones_detections(tmp_path, name,
     assert len(found) != len(expected) or (found - expected).abs().max() > 1e-2
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("norm", ["FrozenBN", "BN", "SyncBN", "GN"])
 @pytest.mark.parametrize("depth", [18, 50])
 @pytest.mark.parametrize("train", [False, True])

@@ -22,6 +22,7 @@ SLIM = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("export", EXPORTERS, ids=lambda export: export.__name__)
 def test_a_detector_trains_on_an_export(sample, tmp_path, export):
     content = json.loads((sample / "annotations/instances_val.json").read_text())

@@ -52,6 +52,7 @@ def build_pair(cfg, seed=0):
     return models
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("leaf", LEAVES)
 def test_every_config_builds_and_differs_from_its_twin_by_sge_alone(leaf):
     cfg = sge_det.get_config(leaf, ["MODEL.DEVICE", "cpu"])
