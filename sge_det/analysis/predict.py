@@ -37,7 +37,7 @@ def output_files(files: Sequence[Path], output: Path) -> list[Path]:
         UserError: a drawing would take the place of its input, or of another.
     """
     root = common_folder(files)
-    targets: list[Path] = []
+    drawn: dict[Path, Path] = {}
     for file in files:
         target = output / file.absolute().relative_to(root)
         suffix = ".mp4" if is_video(file) else ".png"
@@ -45,11 +45,10 @@ def output_files(files: Sequence[Path], output: Path) -> list[Path]:
         target = target if kept else target.with_name(target.name + suffix)
         if target.resolve() == file.resolve():
             raise UserError(f"--output {output} would write over the input {file}: name another folder")
-        if target in targets:
-            other = files[targets.index(target)]
-            raise UserError(f"{other} and {file} would both be drawn as {target}: give them in two calls")
-        targets.append(target)
-    return targets
+        if target in drawn:
+            raise UserError(f"{drawn[target]} and {file} would both be drawn as {target}: give them in two calls")
+        drawn[target] = file
+    return list(drawn)
 
 
 @dataclass

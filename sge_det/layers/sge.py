@@ -13,6 +13,7 @@ gradient (``kernels.py``). Whatever must see operators one by one, or differenti
 ones of ``sge_plain.py``.
 """
 
+import numbers
 from collections.abc import Callable
 
 import torch
@@ -49,18 +50,18 @@ class SpatialGroupEnhance(nn.Module):
 
     def __init__(self, groups: int = 64, eps: float = 1e-5, kernel: str = "eager", normalize: bool = True):
         super().__init__()
-        if not isinstance(groups, int) or groups < 1:
+        if not isinstance(groups, numbers.Integral) or groups < 1:
             raise ValueError(f"groups must be a whole number of at least 1, got {groups!r:.100}")
-        if not isinstance(eps, int | float) or not 0 <= eps < float("inf"):
+        if not isinstance(eps, numbers.Real) or not 0 <= eps < float("inf"):
             raise ValueError(f"eps must be a finite number of at least 0, got {eps!r:.100}")
         if kernel not in kernels.KERNELS:
             raise ValueError(f"the kernel {kernel!r} is not one of {', '.join(kernels.KERNELS)}")
         self.kernel = kernel
         self.normalize = normalize
-        self.groups = groups
-        self.eps = eps
-        self.weight = nn.Parameter(torch.zeros(1, groups, 1, 1))
-        self.bias = nn.Parameter(torch.ones(1, groups, 1, 1))
+        self.groups = int(groups)
+        self.eps = float(eps)
+        self.weight = nn.Parameter(torch.zeros(1, self.groups, 1, 1))
+        self.bias = nn.Parameter(torch.ones(1, self.groups, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns SGE(x).

@@ -5,6 +5,7 @@ without attention computes what Detectron2's own block does, from the same param
 """
 
 import functools
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -73,7 +74,7 @@ def _build_sge(
     constant: bool,
     normalize: bool,
 ) -> SpatialGroupEnhance:
-    if not isinstance(groups, int) or groups < 1 or channels % groups:
+    if not isinstance(groups, numbers.Integral) or groups < 1 or channels % groups:
         raise UserError(f"{groups!r:.100} groups do not divide the block's {channels} channels: give a divisor of them")
     layer = SpatialGroupEnhance(groups, kernel=kernel, normalize=normalize)
     start_sge(layer, init)

@@ -385,6 +385,7 @@ def test_errors_name_the_numbers():
     for eps in (-1e-5, float("nan"), float("inf"), "1e-5"):
         with pytest.raises(ValueError, match=f"a finite number of at least 0, got {eps!r}"):
             SpatialGroupEnhance(4, eps=eps)
+    assert SpatialGroupEnhance(np.int64(4), eps=np.float32(1e-5)).weight.shape == (1, 4, 1, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
