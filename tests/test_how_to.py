@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import forked_python
 import numpy as np
@@ -90,31 +91,69 @@ def test_my_cluster(work):
     assert "left out: plain/seed1, sge/seed1" in run([*report, *short], work)
 
 
-def test_other_formats(work, monkeypatch):
-    before = json.loads((work / "train.json").read_text())
-    (work / "yolo").mkdir()
-    (work / "images").rename(work / "yolo/images")
-    (work / "yolo/labels").mkdir()
-    places = {category["id"]: place for place, category in enumerate(before["categories"])}
-    (work / "yolo/data.yaml").write_text(f"names: {[category['name'] for category in before['categories']]}")
-    for image in before["images"]:
+def write_yolo(data, split, names, work):
+    (work / "yolo/labels" / split).mkdir(parents=True)
+    (work / "yolo/data.yaml").write_text(f"names: {names}")
+    for image in data["images"]:
         lines = []
-        for entry in before["annotations"]:
-            if entry["image_id"] == image["id"]:
-                left, top, width, height = entry["bbox"]
-                sides = (left + width / 2) / image["width"], (top + height / 2) / image["height"]
-                sides += width / image["width"], height / image["height"]
-                lines.append(" ".join(map(str, (places[entry["category_id"]], *sides))))
-        (work / "yolo/labels" / f"{Path(image['file_name']).stem}.txt").write_text("\n".join(lines))
-    (code,) = blocks_of("other_formats.md", "python")
+        for name, (left, top, width, height) in objects_of(data, image):
+            sides = (left + width / 2) / image["width"], (top + height / 2) / image["height"]
+            sides += width / image["width"], height / image["height"]
+            lines.append(" ".join(map(str, (names.index(name), *sides))))
+        (work / f"yolo/labels/{split}/{Path(image['file_name']).stem}.txt").write_text("\n".join(lines))
+    return work / "yolo/images" / split
+
+
+def write_voc(data, split, names, work):
+    (work / "voc" / split / "annotations").mkdir(parents=True)
+    for image in data["images"]:
+        root = ElementTree.Element("annotation")
+        for name, (left, top, width, height) in objects_of(data, image):
+            found = ElementTree.SubElement(root, "object")
+            ElementTree.SubElement(found, "name").text = name
+            box = ElementTree.SubElement(found, "bndbox")
+            # the first pixel is 1, and the far edge is in the box
+            corners = (left + 1, top + 1, left + width, top + height)
+            for side, value in zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True):
+                ElementTree.SubElement(box, side).text = str(value)
+        path = work / f"voc/{split}/annotations/{Path(image['file_name']).stem}.xml"
+        path.write_bytes(ElementTree.tostring(root))
+    return work / "voc" / split / "images"
+
+
+def objects_of(data, image=None):
+    """(category, box) of each object."""
+    names = {category["id"]: category["name"] for category in data["categories"]}
+    return [
+        (names[entry["category_id"]], entry["bbox"])
+        for entry in data["annotations"]
+        if image is None or entry["image_id"] == image["id"]
+    ]
+
+
+def test_other_formats(work, monkeypatch):
     monkeypatch.chdir(work)
-    exec(compile(code, "other_formats.md", "exec"), {})
-    after = json.loads((work / "mine/train.json").read_text())
-    assert [category["name"] for category in after["categories"]] == [c["name"] for c in before["categories"]]
-    boxes = [np.array(sorted(entry["bbox"] for entry in data["annotations"])) for data in (before, after)]
-    np.testing.assert_allclose(boxes[1], boxes[0], atol=0.01)
+    sets = {split: json.loads((work / f"{split}.json").read_text()) for split in ("train", "val")}
+    # alone, the validation set of VOC would number what is left from the start
+    missing = sets["val"]["categories"][0]["id"]
+    sets["val"]["annotations"] = [e for e in sets["val"]["annotations"] if e["category_id"] != missing]
+    names = [category["name"] for category in sets["train"]["categories"]]
     (check,) = commands("other_formats.md")
-    assert ": 0 errors, " in run(check, work)
+    for code, write in zip(blocks_of("other_formats.md", "python"), (write_yolo, write_voc), strict=True):
+        for split, before in sets.items():
+            folder = write(before, split, names, work)
+            folder.mkdir(parents=True)
+            for image in before["images"]:
+                shutil.copyfile(work / "images" / image["file_name"], folder / image["file_name"])
+        exec(compile(code, "other_formats.md", "exec"), {})
+        for split, before in sets.items():
+            after = json.loads((work / f"mine/{split}.json").read_text())
+            assert {category["name"] for category in after["categories"]} == {*names}
+            found, expected = (sorted(objects_of(data), key=lambda each: each[1]) for data in (after, before))
+            assert [name for name, _ in found] == [name for name, _ in expected]
+            np.testing.assert_allclose([box for _, box in found], [box for _, box in expected], atol=0.01)
+        assert ": 0 errors, " in run(check, work)
+        shutil.rmtree(work / "mine")
 
 
 def test_read_a_report(work):
