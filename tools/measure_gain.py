@@ -136,8 +136,9 @@ def add_cluster_options(arguments: argparse.ArgumentParser) -> None:
 
 def job_of(options: Sequence[str]) -> list[str]:
     """The words that start a job of a cluster: this command, without the options that are its alone."""
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own = argparse.ArgumentParser(add_help=False)
     add_cluster_options(own)
+    own.add_argument("--hours")
     for name in ("--no-wait", "--keep-going"):
         own.add_argument(name, action="store_true")
     return [sys.executable, str(Path(__file__).resolve()), *own.parse_known_args(options)[1]]

@@ -66,6 +66,8 @@ def _place(
         local = int(local_world or size)
         if host is None and local == size:
             host = "127.0.0.1"
+        if host is None and starter == "srun":
+            host = _first_node(environment.get("SLURM_STEP_NODELIST", ""))
         if port is None and "SLURM_JOB_ID" in environment:
             port = str(20000 + int(environment["SLURM_JOB_ID"]) % 20000)
         if host is None or port is None:
@@ -79,6 +81,11 @@ def _place(
         if isinstance(error, UserError):
             raise
         raise UserError(f"the environment of {starter} does not say which process this is: {error}") from error
+
+
+def _first_node(nodes: str) -> str | None:
+    """The node of process 0 in Slurm's notation: ``node03`` of ``node[03-04,7],other``; None of an empty list."""
+    return re.sub(r"\[(\w+)[^]]*\]", r"\1", nodes).split(",")[0] or None
 
 
 def launch(function: Callable, args: argparse.Namespace, *, own_only: bool = False, twice: bool = True) -> None:

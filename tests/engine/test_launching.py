@@ -44,6 +44,17 @@ def test_srun_on_one_node_needs_no_address():
 
 
 @pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu[03-04]", "gpu03"), ("n[7,9-11],m1", "n7"), ("r[1-2]c[5,8]", "r1c5"), ("a-1.x,b[1-2]", "a-1.x")],
+)
+def test_processes_of_srun_meet_at_its_first_node(nodes, first):
+    """Slurm's notation of nodes, as ``scontrol show hostnames`` takes it apart."""
+    alone = {key: value for key, value in SLURM.items() if key != "MASTER_ADDR"}
+    assert find_place({**alone, "SLURM_STEP_NODELIST": nodes}).url == f"tcp://{first}:32345"
+    assert find_place({**SLURM, "SLURM_STEP_NODELIST": nodes}).url == "tcp://node0:32345"
+
+
+@pytest.mark.parametrize(
     ("environment", "words"),
     [
         ({key: value for key, value in TORCHRUN.items() if key != "MASTER_ADDR"}, "MASTER_ADDR"),

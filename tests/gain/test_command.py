@@ -10,10 +10,15 @@ from sge_det.gain import command
 
 
 @pytest.fixture(scope="module")
-def parser():
+def tool():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "tools")
-        return runpy.run_path(str(ROOT / "tools/measure_gain.py"))["parser"]()
+        return runpy.run_path(str(ROOT / "tools/measure_gain.py"))
+
+
+@pytest.fixture(scope="module")
+def parser(tool):
+    return tool["parser"]()
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +94,32 @@ def test_pairs_of_keys_go_with_training_alone(ask):
     for words in KINDS.values():
         with pytest.raises(UserError, match="leave out KEY VALUE"):
             ask(words, ["SEED", "1"])
+
+
+def test_what_goes_with_a_cluster_goes_with_the_run_of_its_jobs(tool, parser):
+    """Each option that ``--cluster`` takes: the job's command is taken too, and asks for the same run."""
+
+    def checked(words):
+        args = parser.parse_args(words)
+        command.check_options("train", args, vars(parser.parse_args([])))
+        command.looks_of(args)
+        return args, command.cluster_of(args, (), ())
+
+    cluster, taken = ["--config-file", "F", "--output", "out", "--cluster", "slurm"], set()
+    for action in parser._actions:
+        if action.dest in ("help", "config_file", "output", "cluster", "plan", "draw", "compare", "pretrain", "metric"):
+            continue
+        try:
+            asked, _ = checked([*cluster, *words_of(action)])
+        except UserError:
+            continue
+        taken.add(action.dest)
+        job = tool["job_of"]([*cluster, *words_of(action)])[2:]  # behind Python and the tool
+        run, nowhere = checked([*job, "--run", "plain", "0"])
+        assert nowhere is None
+        if action.dest not in ("hours", "partition", "sbatch", "no_wait", "keep_going"):
+            assert getattr(run, action.dest) == getattr(asked, action.dest)
+    assert {"hours", "partition", "sbatch", "keep_going", "seeds", "num_gpus", "imports"} <= taken
 
 
 def test_a_plan_without_pairs_is_of_welch(ask):
