@@ -84,7 +84,21 @@ class PretrainingMatrix:
         if len(set(names)) < len(names) or len(names) < 2:
             raise UserError(f"--arms {' '.join(names)}: name at least two arms, each once")
         self.arms = [known[name] for name in names]
+        self._check_arms_differ(options, model)
         self.runs = [PretrainingRun(arm, seed, self._run(options, arm, seed)) for seed in seeds for arm in self.arms]
+
+    def _check_arms_differ(self, options: Sequence[str], model: str) -> None:
+        seen: dict[str, PretrainingArm] = {}
+        for arm in self.arms:
+            run = replace(self._run(options, arm, 0), output="")
+            if not run.model.startswith(_SGE):
+                run = replace(run, groups=0, sge_lr_factor=0.0)  # without SGE they say nothing
+            same = seen.setdefault(repr(run), arm)
+            if same is not arm:
+                raise UserError(
+                    f"the arms {same.name} and {arm.name} would train the same: there is nothing to compare (what "
+                    f"tunes SGE goes with the model that has it: --arm {arm.name} model {_SGE}{model} ...)"
+                )
 
     def _run(self, options: Sequence[str], arm: PretrainingArm, seed: int) -> Pretraining:
         own = [word for key, value in zip(arm.options[::2], arm.options[1::2]) for word in (f"--{key}", value)]

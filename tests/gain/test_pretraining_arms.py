@@ -96,6 +96,8 @@ def test_a_question_that_was_not_declared_is_told(options, tmp_path):
         ([], {"arm_names": ["plain"]}, "name at least two arms"),
         ([], {"custom_arms": [["few", "groups"]]}, "pairs of OPTION VALUE"),
         ([], {"seeds": (1, 1)}, "must be different numbers"),
+        ([], {"custom_arms": [["again", "groups", "8"]]}, "the arms sge and again would train the same"),
+        (["--model", "resnet18"], {"custom_arms": [["few", "groups", "2"]]}, "--arm few model sge_resnet18"),
     ],
 )
 def test_mistakes_are_told(options, tmp_path, more, how, words):
