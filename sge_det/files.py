@@ -151,8 +151,11 @@ def make_folder(folder: Path) -> None:
         raise cannot_write(folder, error) from error
 
 
-def make_output(folder: Path) -> None:
-    """:func:`make_folder` for an ``OUTPUT_DIR``.
+def make_output(folder: Path, option: str = "OUTPUT_DIR") -> None:
+    """:func:`make_folder` for a folder of results.
+
+    Args:
+        option: of the command line, or key of a config, that names it.
 
     Raises:
         UserError: it cannot be made; says that another can be named.
@@ -160,7 +163,7 @@ def make_output(folder: Path) -> None:
     try:
         _make_folder(folder)
     except OSError as error:
-        raise cannot_write_output(folder, error) from error
+        raise cannot_write_output(folder, error, option) from error
 
 
 def _make_folder(folder: Path) -> None:

@@ -102,8 +102,11 @@ def check_still_there(first_file: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, option: str = "OUTPUT_DIR") -> Iterator[None]:
     """Holds ``folder`` against other processes.
+
+    Args:
+        option: of the command line, or key of a config, that names it.
 
     Raises:
         UserError: another has it, or it cannot be written.
@@ -114,9 +117,9 @@ def locked(folder: Path) -> Iterator[None]:
     except filelock.Timeout as error:
         raise UserError(f"{folder} is being trained by another process: wait for it, or end it") from error
     except OSError as error:
-        raise cannot_write_output(folder, error) from error
+        raise cannot_write_output(folder, error, option) from error
     except NotImplementedError as error:
-        raise UserError(f"OUTPUT_DIR {folder} cannot be written ({error}): name another") from error
+        raise UserError(f"{option} {folder} cannot be written ({error}): name another") from error
     try:
         yield
     finally:

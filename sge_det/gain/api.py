@@ -246,6 +246,7 @@ def measure_classified_gain(
     """
     ordered = reference_first([arm.name for arm in matrix.arms], against)
     check_question(question, bootstrap, CLASSIFIED)
+    matrix.check(launch_options, question.metric)
     plan = declare(matrix, question, against=against)
     matrix.execute(launch_options)
     departed = departures(plan, question, ordered, matrix.seeds)

@@ -82,8 +82,7 @@ def choose_arms(cfg: CfgNode, names: Sequence[str], custom: Sequence[Sequence[st
     """
     own = {}
     for name, *overrides in custom:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", name):
-            raise UserError(f"the arm name {name!r} does not fit a folder: use letters, digits and _ . + -")
+        check_name(name)
         if name in BUILT_IN or name in own:
             raise UserError(f"there is an arm {name} already: give yours another name")
         own[name] = Arm(name, tuple(overrides))
@@ -107,6 +106,16 @@ def choose_arms(cfg: CfgNode, names: Sequence[str], custom: Sequence[Sequence[st
         if same is not arm:
             raise UserError(f"the arms {same.name} and {arm.name} are the same config: there is nothing to compare")
     return arms
+
+
+def check_name(name: str) -> None:
+    """Checks the name of an arm of one's own.
+
+    Raises:
+        UserError: it does not fit a folder.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", name):
+        raise UserError(f"the arm name {name!r} does not fit a folder: use letters, digits and _ . + -")
 
 
 def examine_arms(arms: Sequence[Arm], cfg: CfgNode) -> list[Finding]:

@@ -122,6 +122,7 @@ def measure_classified(
     for run in (run for of_arm in runs.values() for run in of_arm):
         if run.images != first.images:
             raise UserError(f"{run.path} and {first.path} are of other validation images: compare like with like")
+        check_tells(question.metric, run.result.get("classes"))
     seeds = _seeds(runs)
     weights = image_weights(len(first.images), bootstrap) if bootstrap else None
     found, samples = {}, {}
@@ -140,6 +141,19 @@ def measure_classified(
         notes=[*equal_files(given), *_unlike(runs)],
     )
     return Measurement(report), runs
+
+
+def check_tells(metric: str, classes: object) -> None:
+    """Checks that a metric can differ between runs.
+
+    Args:
+        classes: their names, where they are known.
+
+    Raises:
+        UserError: every image is right by it.
+    """
+    if metric == "top5" and isinstance(classes, list) and len(classes) <= 5:
+        raise UserError(f"of {len(classes)} classes every image is right by top5: give --metric top1")
 
 
 def _points(hits: np.ndarray) -> list[float]:
@@ -171,7 +185,10 @@ def _unlike(runs: Mapping[str, Sequence[Classified]]) -> list[str]:
         if key in _OF_AN_ARM or key in (*METRICS, "ema", "history", "seconds"):
             continue
         (first, result), *others = all_of_them
-        odd = next((who for who, other in others if other.get(key) != result[key]), None)
+        # where its images are is told by their names, where those are recorded
+        alike = f"{key}_images"
+        others = [(who, other) for who, other in others if alike not in result or alike not in other]
+        odd = next((who for who, other in others if other.get(key, result[key]) != result[key]), None)
         if odd:
             found.append(f"{first} and {odd} differ in {key}, too: a difference may come from that.")
     return found

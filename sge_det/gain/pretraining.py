@@ -7,11 +7,17 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..engine.launching import launch
-from ..engine.pretraining.loop import pretrain
+from ..engine.pretraining.loop import pretrain, rehearse
 from ..engine.pretraining.options import RESULT, Pretraining, add_options, from_options
 from ..errors import UserError
+from .arms import check_name
+from .classified import check_tells
 
 _SGE = "sge_"
+# Of an arm, what each run of it has of its own; of tools/pretrain.py, what is no option of a run.
+_OF_A_RUN = ("seed", "output")
+_LAUNCH = ("--num-gpus", "--num-machines", "--machine-rank", "--dist-url")
+_GOING_ON = ("--resume", "--overwrite")
 
 
 @dataclass(frozen=True)
@@ -66,9 +72,18 @@ class PretrainingMatrix:
         self.seeds = list(seeds)
         if len(set(self.seeds)) < len(self.seeds):
             raise UserError(f"--seeds {' '.join(map(str, self.seeds))} must be different numbers")
+        for word in options:
+            option = word.split("=")[0]
+            if option in (f"--{name}" for name in _OF_A_RUN):
+                raise UserError(f"{word} is set for each run: leave it out after --pretrain")
+            if option in _LAUNCH:
+                raise UserError(f"{word} is of all runs: give it before --pretrain")
+            if option in _GOING_ON:
+                raise UserError(
+                    f"{word} is of a single run: leave it out after --pretrain, since the same command goes on where "
+                    "it stopped, and another --output starts anew"
+                )
         shared = _parsed(options)
-        if taken := [word for word in options if word.split("=")[0] in ("--output", "--seed")]:
-            raise UserError(f"{taken[0]} is set for each run: leave it out after --pretrain")
         model = shared.model.removeprefix(_SGE)
         known = {
             "plain": PretrainingArm("plain", ("model", model)),
@@ -77,6 +92,9 @@ class PretrainingMatrix:
         for name, *own in custom_arms:
             if len(own) % 2 or name in known:
                 raise UserError(f"--arm {' '.join((name, *own))}: give a name of its own and pairs of OPTION VALUE")
+            check_name(name)
+            if taken := [key for key in own[::2] if key in _OF_A_RUN]:
+                raise UserError(f"--arm {' '.join((name, *own))}: {taken[0]} is set for each run, leave it out")
             known[name] = PretrainingArm(name, tuple(own))
         names = [*arm_names, *(name for name, *_ in custom_arms if name not in arm_names)]
         if unknown := [name for name in names if name not in known]:
@@ -102,8 +120,33 @@ class PretrainingMatrix:
 
     def _run(self, options: Sequence[str], arm: PretrainingArm, seed: int) -> Pretraining:
         own = [word for key, value in zip(arm.options[::2], arm.options[1::2]) for word in (f"--{key}", value)]
-        run = _parsed([*options, *own])
+        try:
+            run = _parsed([*options, *own])
+        except UserError as error:
+            raise UserError(f"arm {arm.name}: {error}") from error
         return replace(run, seed=seed, output=str(self.output / arm.name / f"seed{seed}"))
+
+    def check(self, launch_options: argparse.Namespace, metric: str) -> None:
+        """Builds on trial what the arms would train, before the first of them takes its hours.
+
+        Args:
+            launch_options: as :meth:`execute` takes them.
+            metric: that is to be compared.
+
+        Raises:
+            UserError: something that the user can put right.
+        """
+        for run in self.runs:
+            run.pretraining.check(launch_options.num_gpus * launch_options.num_machines)
+        for arm in self.arms:
+            left = next((run for run in self.runs if run.arm == arm and not run.finished), None)
+            if left is None:
+                continue
+            try:
+                classes = rehearse(left.pretraining)
+            except UserError as error:
+                raise UserError(f"arm {arm.name}: {error}") from error
+            check_tells(metric, classes)
 
     def execute(self, launch_options: argparse.Namespace) -> None:
         """Trains what is not finished, one after the other; runs that were interrupted go on.
@@ -116,8 +159,6 @@ class PretrainingMatrix:
             Stopped: a signal asked for the end; a checkpoint is there.
         """
         world = launch_options.num_gpus * launch_options.num_machines
-        for run in self.runs:
-            run.pretraining.check(world)
         for run in self.runs:
             launch_options.pretraining = run.pretraining
             if world == 1:
@@ -142,4 +183,4 @@ def _parsed(options: Sequence[str]) -> Pretraining:
 
 class _Options(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"--pretrain takes the options of tools/pretrain.py: {message}")
+        raise UserError(f"--pretrain takes the options of tools/pretrain.py, after those of measure_gain.py: {message}")

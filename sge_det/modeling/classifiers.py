@@ -52,8 +52,9 @@ def build_classifier(
         model = _with_stem(model, stem_channels)
     except UserError:
         raise
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise UserError(f"--model {arch} {kwargs or ''} cannot be built: {error}") from error
+    except Exception as error:  # what goes to timm as it was given fails there in any way
+        reason = str(error) or type(error).__name__
+        raise UserError(f"--model {arch} {kwargs or ''} cannot be built: {reason}") from error
     missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
     if unexpected or not missing:
         raise UserError(f"--model {arch}: timm's {name} has no place for SGE in its blocks; take a ResNet")

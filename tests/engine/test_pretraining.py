@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import subprocess
 import sys
 import tarfile
 from dataclasses import asdict, replace
@@ -212,6 +213,35 @@ def test_a_folder_with_a_run_is_not_written_over(run):
     assert (run.folder / "model_final.pth").read_bytes() != before
 
 
+def test_a_mistake_in_what_is_to_take_its_place_leaves_a_run(trained, tmp_path):
+    run = replace(trained[0], output=str(tmp_path / "out"))
+    shutil.copytree(trained[0].folder, run.folder)
+    before = {path.name: path.read_bytes() for path in run.folder.iterdir()}
+    with pytest.raises(UserError, match="--opt sdg is not taken by timm"):
+        pretrain(replace(run, opt="sdg"), overwrite=True)
+    assert {path.name: path.read_bytes() for path in run.folder.iterdir()} == before
+
+
+def test_images_may_move_and_may_not_be_others(trained, images, tmp_path):
+    run = replace(trained[0], output=str(tmp_path / "out"), train=str(tmp_path / "moved"))
+    shutil.copytree(trained[0].folder, run.folder)
+    shutil.copytree(images / "train", tmp_path / "moved")
+    assert pretrain(run, resume=True) == trained[1]
+    (tmp_path / "moved/red/3.png").rename(tmp_path / "moved/green/12.png")
+    with pytest.raises(
+        UserError, match=r"made with other images than those of --train .*moved, whose files have other"
+    ):
+        pretrain(run, resume=True)
+    with pytest.raises(UserError, match="made in 1 processes, not 2: give it as it was"):
+        loop._compared(run.folder, {"processes": 2})
+
+
+def test_without_a_schedule_the_rate_stays(trained, tmp_path):
+    session = loop._Session(replace(trained[0], sched="none", lr=0.02, output=str(tmp_path / "out")))
+    session._update(torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]))
+    assert {group["lr"] for group in session.optimizer.param_groups} == {0.02}
+
+
 @pytest.fixture(scope="module")
 def trained(images, tmp_path_factory):
     run = Pretraining(
@@ -319,6 +349,22 @@ def test_weights_that_are_no_numbers_are_not_saved_and_a_slower_new_run_is(train
         ({"ema_decay": 1.0}, r"--ema-decay 1\.0 must be in \[0, 1\)"),
         ({"seed": -1}, "--seed -1 must be from 0 to 2147483647"),
         ({"amp": "float8"}, "--amp float8 is not one of bfloat16, float16"),
+        ({"decay_epochs": 0.0}, r"--decay-epochs 0\.0 must be a number above 0"),
+        ({"decay_rate": -1.0}, r"--decay-rate -1\.0 must be a number of at least 0"),
+        ({"min_lr": float("nan")}, "--min-lr nan must be a number of at least 0"),
+        ({"color_jitter": -1.0}, r"--color-jitter -1\.0 must be a number of at least 0"),
+        ({"model_kwargs": {**SLIM, "in_chans": 1}}, "in_chans=1 is not taken by timm: "),
+        (
+            {"model_kwargs": {**SLIM, "checkpoint_path": "no.pth"}},
+            "checkpoint_path.*cannot be built: FileNotFoundError",
+        ),
+        ({"opt": "adahessian"}, "--opt adahessian needs second derivatives"),
+        ({"opt": "fusedadam"}, "--opt fusedadam is not taken by timm: APEX"),
+        ({"auto_augment": "augmix-w0"}, "--auto-augment augmix-w0 is not taken by timm: "),
+        ({"batch_size": 1, "mixup": 0.0}, "--batch-size 1 is one image for each process, and --img-size 32 leaves"),
+        ({"train": ""}, "--train  is not there"),
+        ({"output": ""}, "--output is empty"),
+        ({"output": "/proc/self/none"}, "--output /proc/self/none cannot be written: .*: name another"),
     ],
 )
 def test_mistakes_are_told(run, change, words):
@@ -332,6 +378,51 @@ def test_classes_that_differ_and_folders_without_images(run, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="has no images in a folder for each class"):
         pretrain(replace(run, train=str(tmp_path / "empty")))
+
+
+def test_images_that_are_not_sorted_into_classes(run, images, tmp_path):
+    for command, words in (
+        (["cp", "blue/0.png", "0.png"], r"--train .*: 0\.png is in no class's folder: move it into one"),
+        (["rm", "-r", "0.png", "blue"], "differ in their classes: blue has images in --val alone; give both the same"),
+        (["mv", "green", "red", ".."], "has no images in a folder for each class"),
+    ):
+        if not (tmp_path / "train").exists():
+            shutil.copytree(images / "train", tmp_path / "train")
+        subprocess.run(command, cwd=tmp_path / "train", check=True)
+        with pytest.raises(UserError, match=words):
+            load_sets(str(tmp_path / "train"), run.val, 0)
+    one = str(tmp_path_with(tmp_path, "black"))
+    with pytest.raises(UserError, match="has images of one class alone, black: give a folder"):
+        load_sets(one, one, 0)
+    with pytest.raises(UserError, match=r"--val .*val lies in --train .*, which so holds the images of both"):
+        load_sets(str(images), run.val, 0)
+    with tarfile.open(tmp_path / "train.tar.gz", "w:gz") as archive:
+        archive.add(images / "train", ".")
+    with pytest.raises(UserError, match=r"train\.tar\.gz is no folder and no \.tar: unpack it"):
+        load_sets(str(tmp_path / "train.tar.gz"), run.val, 0)
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_classes_are_told_apart_by_case_and_zeros_whatever_the_order_of_a_set(tmp_path, monkeypatch, kind):
+    """timm takes the labels of such names from the order of a set, which is another in each process."""
+    names = ["1", "01", "B", "a", "A", "b"]
+    for place, name in enumerate(names):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (place, 0, 0)).save(
+            tmp_path / "set" / name / ("0.webp" if place % 2 else "0.bmp"), lossless=True
+        )
+    path = tmp_path / "set"
+    if kind == "tar":
+        path = tmp_path / "set.tar"
+        with tarfile.open(path, "w") as archive:
+            archive.add(tmp_path / "set", ".")
+    found = Images("train", str(path))
+    assert found.classes == ["01", "1", "A", "a", "B", "b"]
+    colours = {
+        found.classes[label]: round(float(255 * image[0, 0, 0])) for image, label in map(found.__getitem__, range(6))
+    }
+    assert colours == {name: place for place, name in enumerate(names)}
+    assert [found.name(index).split("/")[-2] for index in range(6)] == found.classes
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -375,14 +466,15 @@ def main(args):
     loop._Session.__init__ = lambda self, run: (sessions.append(self), made(self, run))[1]
     run = Pretraining(**json.loads(args.run))
     whole = loop.pretrain(run)
-    other, steps = replace(run, output=run.output + "_other"), iter((None, signal.SIGTERM))
-    loop.asked = lambda: next(steps) if comm.get_rank() == 1 else None
-    try:
-        loop.pretrain(other)
-        raise AssertionError("it was asked to stop")
-    except Stopped:
-        loop.asked = lambda: None
-    assert comm.all_gather(sessions[-1].step) == [2, 2]
+    other, steps = replace(run, output=run.output + "_other"), iter((None, signal.SIGTERM, signal.SIGTERM))
+    for stop in (2, 3):  # of 3 steps
+        loop.asked = lambda: next(steps) if comm.get_rank() == 1 else None
+        try:
+            loop.pretrain(other, resume=stop == 3)
+            raise AssertionError("it was asked to stop")
+        except Stopped:
+            loop.asked = lambda: None
+        assert comm.all_gather(sessions[-1].step) == [stop, stop]
     again = loop.pretrain(other, resume=True)
     assert {**whole, "seconds": 0, "output": ""} == {**again, "seconds": 0, "output": ""}
     for session in (sessions[0], sessions[-1]):

@@ -79,17 +79,27 @@ def test_arms_and_seeds_are_trained_and_compared(options, tmp_path, monkeypatch)
 def test_a_question_that_was_not_declared_is_told(options, tmp_path):
     matrix = PretrainingMatrix(options, tmp_path / "out")
     measure_classified_gain(matrix, ONE, bootstrap=0)
-    report = to_json(measure_classified_gain(matrix, ONE, bootstrap=0, question=Question(metric="top5")).report)
-    assert "The metric was declared as top1 before the first run and is top5 here" in report["verdict"]
+    other = Question(metric="top1", margin=3.0)
+    report = to_json(measure_classified_gain(matrix, ONE, bootstrap=0, question=other).report)
+    assert "The margin was declared as 1.0 before the first run and is 3.0 here" in report["verdict"]
+    with pytest.raises(UserError, match="of 2 classes every image is right by top5: give --metric top1"):
+        measure_classified_gain(matrix, ONE, bootstrap=0, question=Question(metric="top5"))
     other = PretrainingMatrix([*options, "--lr", "0.02"], tmp_path / "out")
     with pytest.raises(UserError, match=r"made with --lr 0\.01, not 0\.02"):
         measure_classified_gain(other, ONE, bootstrap=0)
 
 
+def test_what_an_arm_gets_wrong_is_told_before_the_first_trains(options, tmp_path):
+    matrix = PretrainingMatrix(options, tmp_path / "out", custom_arms=[["few", "groups", "3"]])
+    with pytest.raises(UserError, match=r"^arm few: --model sge_resnet18 .* cannot be built: .*3 groups"):
+        measure_classified_gain(matrix, ONE)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "how", "words"),
     [
-        (["--epoch", "1"], {}, "--pretrain takes the options of tools/pretrain.py: unrecognized arguments: --epoch 1"),
+        (["--epoch", "1"], {}, "unrecognized arguments: --epoch 1"),
         (["--seed", "1"], {}, "--seed is set for each run"),
         (["--output=x"], {}, "--output=x is set for each run"),
         ([], {"arm_names": ["plain", "se"]}, "there is no arm se of classifiers among plain, sge"),
@@ -98,6 +108,12 @@ def test_a_question_that_was_not_declared_is_told(options, tmp_path):
         ([], {"seeds": (1, 1)}, "must be different numbers"),
         ([], {"custom_arms": [["again", "groups", "8"]]}, "the arms sge and again would train the same"),
         (["--model", "resnet18"], {"custom_arms": [["few", "groups", "2"]]}, "--arm few model sge_resnet18"),
+        ([], {"custom_arms": [["../few", "groups", "4"]]}, "the arm name '../few' does not fit a folder"),
+        ([], {"custom_arms": [["few", "seed", "4"]]}, "--arm few seed 4: seed is set for each run"),
+        ([], {"custom_arms": [["few", "groups", "x"]]}, "^arm few: .*argument --groups: invalid int value: 'x'"),
+        (["--num-gpus", "2"], {}, "--num-gpus is of all runs: give it before --pretrain"),
+        (["--overwrite"], {}, "--overwrite is of a single run: leave it out after --pretrain"),
+        (["--seeds", "1"], {}, "after those of measure_gain.py: unrecognized arguments: --seeds 1"),
     ],
 )
 def test_mistakes_are_told(options, tmp_path, more, how, words):

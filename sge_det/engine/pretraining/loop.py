@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.utils import comm
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -25,8 +26,8 @@ from tqdm import tqdm
 from ...checkpoint.checksums import first_not_finite
 from ...checkpoint.safe_load import Unreadable, load_file
 from ...data.loader import leave_signals_to_parent, with_plain_errors
-from ...errors import Stopped, UserError
-from ...files import make_folder, read_json, remove_file, replacing, write_json
+from ...errors import Stopped, UserError, shortage
+from ...files import make_output, read_json, remove_file, replacing, write_json
 from ...solver import scale_sge_lr
 from ..claims import check_still_there, locked
 from ..stopping import asked, waiting
@@ -47,8 +48,10 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 
-# Where a run is watched or computed may change on the way; what it is may not.
+# Where a run is watched or computed may change on the way, and where its images are; what it is may not.
 _CHANGEABLE = ("workers", "device", "output", "log_period")
+# The entries that tell which images those of --train and --val are.
+_IMAGES = {"train": "train_images", "val": "val_images"}
 
 
 def pretrain(run: Pretraining, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -70,35 +73,49 @@ def pretrain(run: Pretraining, *, resume: bool = False, overwrite: bool = False)
     world = comm.get_world_size()
     run.check(world)
     if not comm.is_main_process():
+        session = _Session(run)
         comm.synchronize()
-        return _Session(run).execute()
+        return session.execute()
     if resume and overwrite:
         raise UserError("--resume goes on with a run and --overwrite removes it: give one of them")
-    make_folder(run.folder)
-    with locked(run.folder):
-        _claim(run, world, resume, overwrite)
+    make_output(run.folder, "--output")
+    with locked(run.folder, "--output"):
+        before = _found(run, world, resume, overwrite)
+        session = _Session(run)
+        if before:
+            _compare_images(run, before, session.made_from)
+        elif overwrite:  # now that nothing is wrong with what is to take its place
+            for name in (RESULT, PREDICTIONS, FINAL, CHECKPOINT, MADE_FROM):
+                remove_file(run.folder / name)
+        write_json(run.folder / MADE_FROM, session.made_from)
         comm.synchronize()
-        result = _Session(run).execute()
+        result = session.execute()
         check_still_there(run.folder / MADE_FROM)
         return result
 
 
-def _claim(run: Pretraining, world: int, resume: bool, overwrite: bool) -> None:
-    made_from = _made_from(run, world)
+def rehearse(run: Pretraining) -> list[str]:
+    """Builds on trial, on the CPU, what a run would train; returns the names of the classes.
+
+    Raises:
+        UserError: as :func:`pretrain` before the first step.
+    """
+    return _Session(replace(run, device="cpu")).classes
+
+
+def _found(run: Pretraining, world: int, resume: bool, overwrite: bool) -> dict[str, Any]:
+    """What the run that is to go on was made from; empty where none is."""
     found = next((name for name in (RESULT, FINAL, CHECKPOINT) if (run.folder / name).exists()), "")
-    if found and overwrite:
-        for name in (RESULT, PREDICTIONS, FINAL, CHECKPOINT, MADE_FROM):
-            remove_file(run.folder / name)
-    elif found and resume:
-        _compare(run.folder, made_from)
-    elif found:
+    if found and resume:
+        return _compared(run.folder, _made_from(run, world))
+    if found and not overwrite:
         raise UserError(
             f"{run.folder} holds a run ({found}): give the same command with --resume to go on with it or with "
             "--overwrite to remove it, or name another --output"
         )
-    elif resume:
+    if resume:
         logger.warning(f"--resume: {run.folder} has no checkpoint yet, the run starts at epoch 0")
-    write_json(run.folder / MADE_FROM, made_from)
+    return {}
 
 
 def _made_from(run: Pretraining, world: int) -> dict[str, Any]:
@@ -110,7 +127,8 @@ def _made_from(run: Pretraining, world: int) -> dict[str, Any]:
     }
 
 
-def _compare(folder: Path, made_from: dict[str, Any]) -> None:
+def _compared(folder: Path, made_from: dict[str, Any]) -> dict[str, Any]:
+    """What a run was made from, as far as it can be told before the images are looked at, the same as ``made_from``."""
     path, remedy = folder / MADE_FROM, "put a copy back, or give --overwrite in place of --resume to start anew"
     try:
         before = read_json(path, remedy)
@@ -120,15 +138,29 @@ def _compare(folder: Path, made_from: dict[str, Any]) -> None:
         if name == "versions":
             if before.get(name) != value:
                 logger.warning(f"the run goes on, but not to the bit: it was made with {before.get(name)}, not {value}")
+        elif name in _IMAGES and before.get(_IMAGES[name]):
+            continue  # its images may have moved
         elif before.get(name) != value:
+            of = f"in {before.get(name)} {name}" if name == "processes" else f"with --{flag(name)} {before.get(name)}"
             raise UserError(
-                f"{folder} holds a run made with --{flag(name)} {before.get(name)}, not {value}: give it as it was to "
-                "go on with --resume, or name another --output"
+                f"{folder} holds a run made {of}, not {value}: give it as it was to go on with --resume, or name "
+                "another --output"
+            )
+    return before
+
+
+def _compare_images(run: Pretraining, before: Mapping[str, Any], made_from: Mapping[str, Any]) -> None:
+    for name, key in _IMAGES.items():
+        if before.get(key, made_from[key]) != made_from[key]:
+            raise UserError(
+                f"{run.folder} holds a run made with other images than those of --{name} {getattr(run, name)}, whose "
+                "files have other names: give those that it was made with to go on with --resume, or name another "
+                "--output"
             )
 
 
 class _Session:
-    """The parts of a run in one process."""
+    """The parts of a run in one process; nothing is written, or read from the run's folder, before it is executed."""
 
     def __init__(self, run: Pretraining):
         self.run = run
@@ -142,12 +174,18 @@ class _Session:
             raise UserError(
                 f"--batch-size {run.batch_size} is more than the {len(self.train_set)} images of {run.train}"
             )
+        self.made_from = {
+            **_made_from(run, comm.get_world_size()),
+            "train_images": self.train_set.images.digest,
+            "val_images": self.val_set.digest,
+        }
         self.model = build_model(run, len(self.classes)).to(self.device)
+        self._check_model()
         config = resolve_data_config({"img_size": run.img_size}, model=self.model, verbose=False)
         look = {name: config[name] for name in ("interpolation", "mean", "std")}
         self.metadata = {"mean": list(look["mean"]), "std": list(look["std"]), "img_size": run.img_size}
         with _named(f"--auto-augment {run.auto_augment}"):
-            self.train_set.images.transform = create_transform(
+            transform = create_transform(
                 run.img_size,
                 is_training=True,
                 scale=(run.scale, 1.0),
@@ -156,9 +194,13 @@ class _Session:
                 re_prob=run.reprob,
                 **look,
             )
+            transform(Image.new("RGB", (run.img_size, run.img_size)))  # what does not work is told now
+        self.train_set.images.transform = transform
         self.val_set.transform = create_transform(run.img_size, crop_pct=run.crop_pct, **look)
         with _named(f"--opt {run.opt}"):
             self.optimizer = create_optimizer_v2(self.model, opt=run.opt, lr=run.lr, weight_decay=run.weight_decay)
+        if getattr(self.optimizer, "is_second_order", False):
+            raise UserError(f"--opt {run.opt} needs second derivatives, which are not computed here: take another")
         scale_sge_lr(self.optimizer, self.model, run.sge_lr_factor)
         with _named(f"--sched {run.sched}"):
             self.scheduler, _ = create_scheduler_v2(
@@ -180,13 +222,27 @@ class _Session:
         self.epoch, self.step, self.seconds = 0, 0, 0.0
         self.history: list[dict[str, float]] = []
         self.hits: list[tuple[int, bool, bool]] | None = None
-        self._load()
         self.parallel = self.model
+
+    def _check_model(self) -> None:
+        run = self.run
+        model = f"--model {run.model} with --model-kwargs {' '.join(f'{k}={v}' for k, v in run.model_kwargs.items())}"
+        with _named(model), torch.inference_mode():
+            scores = self.model.eval()(torch.zeros(1, 3, run.img_size, run.img_size, device=self.device))
+            if scores.shape != (1, len(self.classes)):
+                raise ValueError(f"it gives {tuple(scores.shape)} for an image, not a score for each class")
+        # the least that batch norm takes are two values of a channel
+        if self.share == 1 and run.img_size <= self.model.feature_info[-1]["reduction"]:
+            raise UserError(
+                f"--batch-size {run.batch_size} is one image for each process, and --img-size {run.img_size} leaves "
+                "one position of it to the last norms, which need two values: raise one of them"
+            )
+
+    def execute(self) -> dict[str, Any]:
+        self._load()
         if comm.get_world_size() > 1:
             places = {"device_ids": [self.device.index]} if self.device.type == "cuda" else {}
             self.parallel = nn.parallel.DistributedDataParallel(self.model, **places)
-
-    def execute(self) -> dict[str, Any]:
         with waiting():
             while self.epoch < self.run.epochs:
                 self._train_epoch()
@@ -215,6 +271,9 @@ class _Session:
                     f"lr {self.optimizer.param_groups[0]['lr']:.5f}  {images / spent:.0f} images/s  "
                     f"eta {_clock(left * spent / done)}"
                 )
+            if self.step == self.steps and comm.get_world_size() > 1:
+                # before a checkpoint, which holds those of the first process alone
+                distribute_bn(self.model, comm.get_world_size(), reduce=True)
             if signum := _asked_anywhere(self.device):
                 self.seconds += time.monotonic() - began
                 self._save()
@@ -235,7 +294,8 @@ class _Session:
     def _update(self, inputs: Tensor, labels: Tensor) -> float:
         run = self.run
         number = self.epoch * self.steps + self.step
-        self.scheduler.step_update(number)
+        if self.scheduler is not None:  # --sched none
+            self.scheduler.step_update(number)
         # drop path and mixup draw from these
         state = np.random.SeedSequence((run.seed, 1 << 32, number, comm.get_rank())).generate_state(2)
         np.random.seed(state[0])
@@ -263,8 +323,6 @@ class _Session:
         return value
 
     def _evaluate_epoch(self) -> None:
-        if comm.get_world_size() > 1:
-            distribute_bn(self.model, comm.get_world_size(), reduce=True)
         self.hits = self.evaluate(self.model)
         found = accuracies(self.hits)
         self.history.append({"epoch": self.epoch, **found})
@@ -307,7 +365,7 @@ class _Session:
             "seconds": round(self.seconds, 1),
             "images": len(hits),
             "classes": self.classes,
-            **_made_from(self.run, comm.get_world_size()),
+            **self.made_from,
         }
         if comm.is_main_process():
             folder = self.run.folder
@@ -315,7 +373,7 @@ class _Session:
             if self.ema is not None:
                 state["state_dict_ema"] = _on_cpu(self.ema.module)
             _write(folder / FINAL, state)
-            names = [self.val_set.reader.filename(index) for index, *_ in hits]
+            names = [self.val_set.name(index) for index, *_ in hits]
             predictions = {
                 "model": self.run.model,
                 "seed": self.run.seed,  # else two runs that get the same images right were one
@@ -405,8 +463,11 @@ def _named(option: str) -> Iterator[None]:
     """What timm does not take, as a sentence with the option's name."""
     try:
         yield
-    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
-        raise UserError(f"{option} is not taken by timm: {' '.join(str(error).split())[:200]}") from error
+    except Exception as error:
+        if shortage(error):
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{option} is not taken by timm: {reason}") from error
 
 
 def accuracies(hits: list[tuple[int, bool, bool]]) -> dict[str, float]:

@@ -119,9 +119,14 @@ class Pretraining:
         for name in ("epochs", "batch_size", "img_size", "groups", "stem_channels", "checkpoint_epochs", "log_period"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{flag(name)} {getattr(self, name)} must be at least 1")
-        for name in ("lr", "weight_decay", "warmup_epochs", "mixup", "cutmix", "clip_grad", "workers", "sge_lr_factor"):
+        for name in (
+            *("lr", "weight_decay", "warmup_epochs", "decay_rate", "min_lr", "sge_lr_factor", "mixup", "cutmix"),
+            *("color_jitter", "clip_grad", "workers"),
+        ):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise UserError(f"--{flag(name)} {getattr(self, name)} must be a number of at least 0")
+        if not (math.isfinite(self.decay_epochs) and self.decay_epochs > 0):
+            raise UserError(f"--decay-epochs {self.decay_epochs} must be a number above 0")
         for name in ("smoothing", "reprob", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{flag(name)} {getattr(self, name)} must be in [0, 1)")
@@ -139,8 +144,10 @@ class Pretraining:
         if (self.mixup or self.cutmix) and self.batch_size // world % 2:
             raise UserError(f"--mixup and --cutmix pair images: {self.batch_size // world} a process is odd")
         for option, path in (("train", self.train), ("val", self.val)):
-            if not Path(path).exists():
+            if not path or not Path(path).exists():
                 raise UserError(f"--{option} {path} is not there: give a folder with a folder for each class, or a tar")
+        if not self.output:
+            raise UserError("--output is empty: name a folder")
 
 
 def flag(name: str) -> str:
