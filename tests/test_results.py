@@ -13,6 +13,9 @@ import pytest
 from conftest import ROOT
 from scipy.stats import ttest_1samp
 
+from sge_det.gain.inference import seeds_needed
+from sge_det.gain.power import from_pilot
+
 PAGE = (ROOT / "docs/results.md").read_text(encoding="utf-8")
 OLDER = (ROOT / "docs/results/older.md").read_text(encoding="utf-8")
 RAW = {name: json.loads((ROOT / f"docs/results/{name}.json").read_bytes()) for name in ("faster_sge", "retinanet")}
@@ -80,7 +83,7 @@ def shown(interval):
     return f"{low:+.2f} to {high:+.2f}"
 
 
-# where it was, the reports of seeds whose detections are lost, and those of the seeds kept: of all arms, and without plain
+# reports of the seeds whose detections are lost, and of those that are kept: of all arms, and without plain
 PLANNED = {
     "blood cells": (["constant"], "kept", "kept_attention"),
     "playing cards": ([], "cards", "cards_attention"),
@@ -185,6 +188,56 @@ def test_the_archive_holds_the_runs_of_the_kept_seeds(name, report, tmp_path):
             detections = (run / "inference/coco_instances_results.json").read_bytes()
             assert hashlib.sha256(detections).hexdigest() == result["predictions"]
             assert (run / "fingerprint.json").is_file() and (run / "config.yaml").is_file()
+
+
+def test_what_is_said_of_the_cards_follows_from_their_runs(tmp_path):
+    report, prose = read("cards"), " ".join(PAGE.split())
+    with tarfile.open(ROOT / "docs/results/cards_faster.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    rises = {}
+    for arm in report["arms"]:
+        rises[arm] = []
+        for seed in report["seeds"]:
+            records = map(json.loads, (tmp_path / arm / f"seed{seed}/metrics.json").read_text().splitlines())
+            curve = [record["bbox/AP"] for record in records if "bbox/AP" in record]
+            rises[arm].append(curve[-1] - curve[-2])
+    plain, sge, constant = (f"{np.mean(rises[arm]):.1f}" for arm in ("plain", "sge", "sge-constant"))
+    assert f"plain rose by {plain} on average, SGE by {sge}, the constant by {constant}" in prose
+    values = values_of("playing cards")
+    gains, constants = (np.subtract(values[arm], values["plain"]) for arm in ("sge", "sge-constant"))
+    leads = f"ahead in {(constants > 0).sum()} and in {(gains > 0).sum()} of {len(gains)} seeds"
+    assert f"it has {constants.mean():+.2f} on average and SGE {gains.mean():+.2f}, {leads}" in prose
+    assert f"SGE is {(gains - constants).mean():+.2f} from the constant" in prose
+    first, *others = gains
+    said = f"{', '.join(f'{gain:+.2f}' for gain in others[:-1])} and {others[-1]:+.2f}"
+    assert f"**One seed showed {first:+.2f}.** The three after it are {said}" in prose
+    of_first = report["differences"]["sge"]["bbox"]["AP"]["images_by_seed"][0]
+    assert f"the first alone excluded zero ({shown((of_first['low'], of_first['high']))})" in prose
+    assert f"four seeds, whose differences go from {gains.min():+.2f} to {gains.max():+.2f}" in prose
+    ratios = [
+        stage["all"]["gate_ratio"]["mean"]
+        for run in report["pointing"]["sge"].values()
+        for stage in run["bbox"].values()
+    ]
+    assert f"as open beside cards as on them ({min(ratios):.3f} to {max(ratios):.3f} by stage and seed)" in prose
+    spreads = [stage["gate"]["spatial_sd"] for run in report["gates"]["sge"].values() for stage in run.values()]
+    assert f"move over a map (spread {min(spreads):.2f} to {max(spreads):.2f})" in prose
+    (outlook, *_) = from_pilot(ROOT / "docs/results/cards.json")
+    assert f"takes {seeds_needed(outlook.design, 1.0, alpha=0.05 / 2)} seeds" in prose
+
+
+def test_the_zoo_has_the_planned_differences():
+    zoo = (ROOT / "MODEL_ZOO.md").read_text(encoding="utf-8")
+    for place in PLANNED:
+        plain, sge = (np.array(values_of(place)[arm]) for arm in ("plain", "sge"))
+        low, high = ttest_1samp(sge - plain, 0).confidence_interval(0.95)
+        cells = [
+            len(sge),
+            f"{plain.mean():.2f}",
+            f"{sge.mean():.2f}",
+            f"{(sge - plain).mean():+.2f} ({shown((low, high))})",
+        ]
+        assert f"| {' | '.join(map(str, cells))} |" in zoo
 
 
 VOC = "<annotation><size><width>{}</width><height>{}</height></size>{}</annotation>"

@@ -23,7 +23,7 @@ from .inference import (
     seeds_suffice,
     welch_interval,
 )
-from .parts import Difference, Report
+from .parts import Bounds, Difference, Report
 from .run import RESULT_FILE
 from .schema import read_report
 from .tables import Table
@@ -49,12 +49,14 @@ class Outlook:
         design: its noise.
         hours: of a pair of runs, the reference's and the arm's; NaN where it is not known.
         pilot_seeds: from which the spread is known; 0 where it was given.
+        images_known: whether the images' noise is; else it is left out.
     """
 
     name: str
     design: Design
     hours: float = math.nan
     pilot_seeds: int = 0
+    images_known: bool = False
 
     @property
     def spread(self) -> float:
@@ -171,16 +173,34 @@ def _outlooks(report: Report, file: Path, metric: str, paired: bool) -> list[Out
         if (seed_interval(np.subtract(b, a)) if paired else welch_interval(a, b)) is None:
             alike = f"differ by the same between {report.reference} and {arm}" if paired else "are equal in both arms"
             raise UserError(f"--pilot {file}: all seeds {alike}, which shows no spread: give --sd")
-        design = replace(design, image_error=_image_error(tasks[report.task][metric], report.images))
+        difference = tasks[report.task][metric]
+        design = replace(design, image_error=_image_error(difference, report.images))
         hours = _hours(file.parent, (report.reference, arm), report.seeds)
-        found.append(Outlook(f"{arm} - {report.reference}, {metric}", design, hours, len(report.seeds)))
+        known = difference.intervals.images is not None
+        found.append(Outlook(f"{arm} - {report.reference}, {metric}", design, hours, len(report.seeds), known))
     return found
 
 
 def _image_error(difference: Difference, images: int) -> float:
+    """The standard error that the images add to all seeds alike, from the intervals over images.
+
+    What they add to each seed by itself is in the spread over seeds as well, and more seeds lessen it: the variance of
+    the mean of n seeds is the shared part and an n-th of the other, that of one seed their sum.
+    """
     # a report does not tell how many of its images hold what the metric is of: with fewer this is a little too large
-    bounds = difference.intervals.images
-    return (bounds.high - bounds.low) / 2 / float(stdtrit(images - 1, 0.975)) if bounds else 0.0
+    factor = float(stdtrit(images - 1, 0.975))
+
+    def variance(bounds: Bounds) -> float:
+        return ((bounds.high - bounds.low) / 2 / factor) ** 2
+
+    if difference.intervals.images is None:
+        return 0.0
+    of_mean = variance(difference.intervals.images)
+    of_seeds = [variance(bounds) for bounds in difference.images_by_seed if bounds is not None]
+    seeds = len(of_seeds)
+    if seeds < 2:
+        return math.sqrt(of_mean)
+    return math.sqrt(max(seeds * of_mean - sum(of_seeds) / seeds, 0.0) / (seeds - 1))
 
 
 def _hours(folder: Path, arms: Sequence[str], seeds: Sequence[int]) -> float:
@@ -247,6 +267,10 @@ def in_words(outlook: Outlook) -> str:
         text += (
             f"; the {outlook.design.images} images add a standard error of {outlook.design.image_error:.2f}, which no "
             "number of seeds lessens"
+        )
+    elif outlook.images_known:
+        text += (
+            f"; no noise of the {outlook.design.images} images is seen that the seeds share, so more seeds lessen it"
         )
     else:
         text += "; the images' own noise is not known and left out, so these numbers speak of one validation set"

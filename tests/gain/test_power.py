@@ -57,6 +57,32 @@ def write_pilot(path, values):
     write_json(path, content)
 
 
+def test_of_the_images_noise_a_pilot_counts_what_seeds_share(pilot):
+    """Draws of new images: each moves all seeds alike by 0.5, and each seed by itself by 1."""
+    path = pilot / "report.json"
+    content = json.loads(path.read_bytes())
+    generator = np.random.default_rng(0)
+    moves = generator.normal(0, 1, (200_000, 3)) + generator.normal(0, 0.5, (200_000, 1))
+    factor = 1.98397  # a half-width is so many standard errors with 100 degrees of freedom
+    (mean,), by_seed = (
+        [{"low": -factor * error, "high": factor * error} for error in np.atleast_1d(of.std(0))]
+        for of in (moves.mean(1), moves)
+    )
+    found = content["differences"]["sge"]["bbox"]["AP"]
+    found["intervals"]["images"], found["images_by_seed"] = mean, by_seed
+    write_json(path, content)
+    assert from_pilot(pilot)[0].design.image_error == pytest.approx(0.5, abs=0.02)
+    # of seeds that share nothing, more of them lessen all of it
+    found["intervals"]["images"] = {"low": -factor / 3**0.5, "high": factor / 3**0.5}
+    found["images_by_seed"] = [{"low": -factor * 1.01, "high": factor * 1.01}] * 3
+    write_json(path, content)
+    shown, other = from_pilot(pilot)
+    assert shown.design.image_error == 0 and "no noise of the 101 images is seen that the seeds share" in in_words(
+        shown
+    )
+    assert "not known and left out" in in_words(other)
+
+
 @pytest.fixture
 def pilot(tmp_path):
     values = {"plain": (50.0, 51.0, 50.5), "sge": (51.0, 51.5, 51.75), "se": (50.0, 50.0, 50.0)}
