@@ -32,7 +32,7 @@ $(STAMP):
 demo: install  ## make sample data, train plain and SGE detectors on it with three seeds, print the gain
 	$(VENV)/bin/python tools/make_sample_coco.py datasets/sge_sample
 	$(VENV)/bin/python tools/measure_gain.py --config-file configs/sample/faster_rcnn_SGE_R_50_FPN.yaml \
-		--output output/demo --seeds 0 1 2 --jobs 2 SOLVER.MAX_ITER 450
+		--output output/demo --seeds 0 1 2 --jobs 2 SOLVER.MAX_ITER 400
 
 test: install  ## run the tests
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -m 'not slow' -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
