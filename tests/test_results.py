@@ -292,3 +292,6 @@ def test_the_cells_are_split_as_their_authors_did(tmp_path):
     }
     assert ids == {"train": [1, 3, 5, 6], "test": [2, 4], "fit": [1, 3, 6], "val": [5]}
     assert write_sets(tmp_path, "bccd", ".", "out").returncode == 2
+    (tmp_path / "BCCD/ImageSets/Main/test.txt").write_text("")
+    done = write_sets(tmp_path, "bccd", "BCCD", "again")
+    assert done.returncode == 2 and "has no boxes (.xml) of the test images" in done.stderr

@@ -93,6 +93,9 @@ def main() -> None:
             parser.error(f"{args.folder / part} is not there: name the folder as above")
     args.output.mkdir(parents=True, exist_ok=True)
     sets = bccd(args.folder) if args.set == "bccd" else cards(args.folder, args.output)
+    for name, content in sets.items():
+        if not content["images"]:
+            parser.error(f"{args.folder} has no boxes (.xml) of the {name} images")
     ids = {image["id"] for image in sets["train"]["images"]}
     sets["fit"] = subset(sets["train"], {number for number in ids if number % 5})
     sets["val"] = subset(sets["train"], {number for number in ids if number % 5 == 0})
